@@ -1,0 +1,70 @@
+"""Taps on the LoRA factors: the input and the output gradient of each linear map, as the backward pass reaches it.
+
+An identity in the autograd graph behind each factor saves the factor's input and, in its backward, hands it over with
+the gradient. Saved that way the input obeys gradient checkpointing (it is dropped and recomputed like any other
+activation), and each tap fires once per backward pass, which a forward hook does not.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters import AdapterState
+
+
+Side = Literal["a", "b"]
+# (index of the pair, which factor, input (..., d_in), gradient of the factor's output (..., d_out))
+TapFunction = Callable[[int, Side, Tensor, Tensor], None]
+
+
+class _Tap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, inputs: Tensor, handler: TapFunction, index: int, side: Side) -> Tensor:
+        ctx.save_for_backward(inputs)
+        ctx.handler, ctx.index, ctx.side = handler, index, side
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (inputs,) = ctx.saved_tensors
+        ctx.handler(ctx.index, ctx.side, inputs.detach(), grads[0].detach())
+        return grads[0], None, None, None, None
+
+
+@contextmanager
+def tapped(state: AdapterState, handler: TapFunction) -> Iterator[None]:
+    """Call `handler` for both factors of every pair while gradients flow through the adapter.
+
+    For one backward pass the handler sees, per adapted layer, first B with input u = A x and gradient dl/d(B u), then
+    A with input x and gradient dl/d(A x). The gradient of a factor's weight is the sum over positions of
+    gradient x input. The scaling of the pair is already contained in both gradients. Hooks are removed on exit, also
+    after an exception.
+
+    Args:
+        state (`AdapterState`): The adapter to tap.
+        handler (`TapFunction`): Called as `handler(index, side, inputs, output_gradient)`, in the backward pass.
+
+    Yields:
+        None: Forward passes run inside the context are tapped.
+    """
+
+    def hook(index: int, side: Side):
+        def forward_hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if not output.requires_grad:  # no graph: inference, or the outer pass of reentrant checkpointing
+                return output
+            return _Tap.apply(output, args[0], handler, index, side)  # type: ignore[return-value]
+
+        return forward_hook
+
+    handles = []
+    try:
+        for index, pair in enumerate(state):
+            handles.append(pair.linear_a.register_forward_hook(hook(index, "a")))
+            handles.append(pair.linear_b.register_forward_hook(hook(index, "b")))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

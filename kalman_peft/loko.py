@@ -1,0 +1,491 @@
+"""LoKO: a Kalman filter over the adapter's weights as a torch optimizer; no learning rate.
+
+For categorical observations the extended Kalman update in information form is
+    P+^-1 = P^-1 + sum_i J_i^T (diag p_i - p_i p_i^T) J_i,    theta+ = theta + P+ g,
+with g the gradient of the summed log-likelihood. The output Jacobian J is never formed: the gradient of the summed
+log-likelihood of labels *sampled* from the model has mean zero and that very information as its covariance, so that
+one more backward pass gives an unbiased rank-one draw of it. A memory (see `memories`) keeps what fits.
+
+Prior: a factor that starts at random (every lora_A) keeps the precision of its own initialisation, a factor that starts
+at zero (every lora_B) gets a unit-information prior, `prior_tokens` times the mean Fisher of that matrix per token.
+"""
+
+import logging
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .distributed import all_sum_, world
+from .memories import DiagonalMemory, KroneckerMemory, Memory
+from .observations import CategoricalObservation, infer_observation
+
+
+if TYPE_CHECKING:
+    from .belief import Belief
+
+
+logger = logging.getLogger(__name__)
+
+MEMORIES = ("kronecker", "diagonal")
+
+
+class LoKO(torch.optim.Optimizer):
+    """Kalman filter over named parameters, with the state kept in float32 whatever the parameters' dtype.
+
+    Use [`create_loko_optimizer`], which reads the prior off the model. In a hand-written loop:
+
+    ```python
+    logits = model(**inputs).logits
+    loss = optimizer.observe(logits, labels)  # backward passes; several calls accumulate
+    optimizer.step()
+    ```
+
+    `lr` scales the Kalman step and is 1; learning rate schedules act on it.
+
+    Args:
+        params (`Iterable[tuple[str, Tensor]]`): Named trainable parameters.
+        observation (`CategoricalObservation`): How labels meet logits.
+        memory (`str`, *optional*, defaults to `"kronecker"`):
+            "kronecker" for matrices whose shorter side is at most `dense_limit` (others fall back to diagonal), or
+            "diagonal".
+        rank (`int`, *optional*, defaults to 16): Eigenpairs kept on the long side of the Kronecker memory.
+        dense_limit (`int`, *optional*, defaults to 128): See `memory`.
+        curvature_every (`int`, *optional*, defaults to 1):
+            Draw labels, at the price of one more backward pass, at every n-th step; a draw then counts n times.
+        prior_tokens (`float`, *optional*, defaults to 1e4): Strength of the unit-information prior, in tokens.
+        prior_precision (`dict[str, float | None]`, *optional*):
+            Prior precision per parameter name; `None` stands for the unit-information prior.
+        tempering (`float`, *optional*, defaults to 1.0):
+            Power on the likelihood, below 1 for correlated tokens or repeated epochs.
+        forgetting (`float`, *optional*, defaults to 1.0):
+            Factor in (0, 1] on what was learned, per step; 1 forgets nothing, below 1 relaxes towards the prior.
+        process_noise (`float`, *optional*, defaults to 0.0): Variance added to every weight, per step.
+        max_decrease (`float`, *optional*): Trust region: largest predicted decrease of the loss per step, g^T step, in nats per token.
+        max_kl (`float`, *optional*):
+            Trust region: largest KL divergence of the step under the information gathered so far, in nats per token.
+        seed (`int`, *optional*, defaults to 0): Of the label draws.
+
+    Raises:
+        ValueError: An option is out of its range, or there is no parameter.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[tuple[str, Tensor]],
+        observation: CategoricalObservation,
+        *,
+        memory: str = "kronecker",
+        rank: int = 16,
+        dense_limit: int = 128,
+        curvature_every: int = 1,
+        prior_tokens: float = 1e4,
+        prior_precision: dict[str, float | None] | None = None,
+        tempering: float = 1.0,
+        forgetting: float = 1.0,
+        process_noise: float = 0.0,
+        max_decrease: float | None = 0.5,
+        max_kl: float | None = None,
+        seed: int = 0,
+    ):
+        _check(memory in MEMORIES, f"memory must be one of {MEMORIES}, got {memory!r}")
+        _check(rank >= 1, f"rank must be >= 1, got {rank}")
+        _check(curvature_every >= 1, f"curvature_every must be >= 1, got {curvature_every}")
+        _check(_positive(prior_tokens), f"prior_tokens must be positive and finite, got {prior_tokens}")
+        _check(_positive(tempering), f"tempering must be positive and finite, got {tempering}")
+        _check(0 < forgetting <= 1, f"forgetting must be in (0, 1], got {forgetting}")
+        _check(0 <= process_noise < math.inf, f"process_noise must be >= 0 and finite, got {process_noise}")
+        for name, value in (("max_decrease", max_decrease), ("max_kl", max_kl)):
+            _check(value is None or _positive(value), f"{name} must be positive or None, got {value}")
+        named = [(n, p) for n, p in params if p.requires_grad]
+        _check(bool(named), "There is no trainable parameter; was the adapter loaded with `is_trainable=True`?")
+        defaults = {
+            "lr": 1.0,
+            "tempering": tempering,
+            "forgetting": forgetting,
+            "process_noise": process_noise,
+            "max_decrease": max_decrease,
+            "max_kl": max_kl,
+            "prior_tokens": prior_tokens,
+            "curvature_every": curvature_every,
+            "memory": memory,
+            "rank": rank,
+            "seed": seed,
+            "steps": 0,
+            "draws": 0,
+            "tokens": 0.0,
+        }
+        super().__init__(named, defaults)
+        self.observation = observation
+        self.diagnostics: dict[str, Tensor | float] = {}
+        self._stacks = _plan(self.param_groups[0], memory, dense_limit)
+        prior_precision = prior_precision or {}
+        for stack in self._stacks:
+            own = [prior_precision.get(name) for name in stack.names]
+            for p, value in zip(stack.params, own, strict=True):
+                self.state[p]["prior_known"] = torch.tensor(0.0 if value is None else 1.0)
+            memory_state = stack.create(rank)
+            stack.set_prior(memory_state, torch.tensor([v or 0.0 for v in own]).to(stack.like))
+            self._adopt(stack, memory_state)
+        self._belief: tuple[Belief, str, float] | None = None
+        self._clear()
+
+    # -- observing -------------------------------------------------------------------------------------------------
+
+    @property
+    def draws_curvature(self) -> bool:
+        """Whether the coming step samples labels, with one more backward pass."""
+        group = self.param_groups[0]
+        return group["steps"] % group["curvature_every"] == 0
+
+    def observe(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Take the scores of a batch, by one or two backward passes through `logits`; calls accumulate until `step`.
+
+        Neither `.grad` nor the hooks of a distributed wrapper are touched: `step` sums over processes by itself.
+
+        Args:
+            logits (`Tensor`): Shape (..., V), with a graph to the parameters.
+            labels (`Tensor`): Shape (...), -100 where nothing is observed.
+
+        Returns:
+            `Tensor`: Mean negative log-likelihood of this batch, detached; zero if no label counts.
+
+        Raises:
+            ValueError: Logits or gradients are not finite, labels outside the vocabulary, or reentrant gradient
+                checkpointing, which hides the graph.
+        """
+        loss, count, score, draw = self._scores(logits, labels)
+        if count:
+            self._score = [a.add_(b) for a, b in zip(self._score, score, strict=True)] if self._score else score
+            if draw:
+                self._draw = [a.add_(b) for a, b in zip(self._draw, draw, strict=True)] if self._draw else draw
+        self._count += count
+        self._loss += float(loss) * count
+        self._observed = True
+        return loss
+
+    def _scores(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, int, list[Tensor], list[Tensor]]:
+        from .curvature.fisher import score_cotangents
+
+        group = self.param_groups[0]
+        seed = ((group["seed"] * 1_000_003 + group["steps"]) * 65_537 + self._micro) * 4_099 + world()[0]
+        self._micro += 1
+        kinds = ("empirical", "sampled") if self.draws_curvature else ("empirical",)
+        cotangents, count, loss = score_cotangents(
+            logits, labels, self.observation, kinds, torch.Generator().manual_seed(seed % 2**63)
+        )
+        parts = [self._backward(logits, c, retain_graph=k < len(kinds) - 1) for k, c in enumerate(cotangents)]
+        return loss, count, parts[0] if parts else [], parts[1] if len(parts) == 2 else []
+
+    def _backward(self, logits: Tensor, cotangent: Tensor, retain_graph: bool) -> list[Tensor]:
+        params = [p for stack in self._stacks for p in stack.params]
+        try:
+            grads = torch.autograd.grad(logits, params, cotangent, retain_graph=retain_graph, allow_unused=True)
+        except RuntimeError as error:
+            if "reentrant" in str(error) or "checkpoint" in str(error).lower():
+                raise ValueError(
+                    "LoKO reads gradients with torch.autograd.grad, which reentrant gradient checkpointing does not "
+                    "support; set gradient_checkpointing_kwargs={'use_reentrant': False}."
+                ) from error
+            raise
+        found = dict(zip(map(id, params), grads, strict=True))
+        # The cotangent is that of the negative log-likelihood; scores are gradients of the log-likelihood.
+        return [stack.gather([found[id(p)] for p in stack.params]).neg_() for stack in self._stacks]
+
+    def _clear(self) -> None:
+        self._score: list[Tensor] = []
+        self._draw: list[Tensor] = []
+        self._count, self._loss, self._micro, self._observed = 0, 0.0, 0, False
+
+    # -- stepping --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """One Kalman step from what was observed since the last one.
+
+        Args:
+            closure (`Any`, *optional*): Refused; a filter does not re-evaluate.
+
+        Raises:
+            RuntimeError: Nothing was observed.
+            ValueError: A closure is given, or the summed scores are not finite.
+        """
+        if closure is not None:
+            raise ValueError("LoKO.step takes no closure; call observe(logits, labels) before step().")
+        if not self._observed:
+            raise RuntimeError("LoKO.step() without an observation; call observe(logits, labels) first.")
+        group = self.param_groups[0]
+        drew = self.draws_curvature
+        scores = self._score or [stack.zeros() for stack in self._stacks]
+        draws = (self._draw or [stack.zeros() for stack in self._stacks]) if drew else []
+        sums = torch.tensor([self._count, self._loss], dtype=torch.float64, device=scores[0].device)
+        all_sum_([sums, *scores, *draws])
+        count, loss = sums.tolist()
+        self._clear()
+        group["steps"] += 1
+        if count == 0:
+            logger.warning("LoKO saw no label in this step (all -100); the belief and the weights stay as they are.")
+            return
+        if not all(torch.isfinite(t.sum()) for t in (*scores, *draws)):
+            raise ValueError("Scores contain NaN or Inf; the step is not taken and the belief is as before it.")
+        group["tokens"] += count
+        if drew:
+            group["draws"] += 1
+            self._settle_priors(draws, count)
+        temper = group["tempering"]
+        pull = self._prior_pull(count)
+        steps, decrease, energy, innovation, trace = [], 0.0, 0.0, 0.0, 0.0
+        for j, stack in enumerate(self._stacks):
+            memory = stack.memory
+            stack.kind.predict(memory, group["forgetting"], group["process_noise"])
+            score = scores[j].mul_(temper)
+            if drew:
+                stack.kind.update(memory, draws[j][None], temper * group["curvature_every"])
+            if pull is not None:
+                gradient, information = pull
+                score = score - stack.gather([gradient.get(n) for n in stack.names])
+                if information:
+                    stack.kind.add_diagonal(memory, stack.gather([information.get(n) for n in stack.names]))
+            step, gathered = stack.kind.gain(memory, score)
+            steps.append(step)
+            decrease = decrease + (score * step).sum()
+            energy = energy + gathered
+            trace = trace + stack.kind.trace(memory)
+            if drew:
+                innovation = innovation + (draws[j].mul_(temper**0.5) * stack.kind.gain(memory, draws[j])[0]).sum()
+        kl = energy / (2 * group["tokens"])
+        scale = torch.ones_like(decrease)
+        if group["max_decrease"] is not None:
+            scale = torch.minimum(scale, group["max_decrease"] * count / decrease.clamp_min(1e-30))
+        if group["max_kl"] is not None:
+            scale = torch.minimum(scale, (group["max_kl"] / kl.clamp_min(1e-30)).sqrt())
+        for stack, step in zip(self._stacks, steps, strict=True):
+            stack.add_to_params(step.mul_(scale * group["lr"]))
+        self.diagnostics.update(
+            {
+                "loss": loss / count,
+                "kl": kl * scale.square(),
+                "trace_p": trace,
+                "gain_norm": _norm(steps) / _norm(scores).clamp_min(1e-30),
+                "trust": scale,
+                "decrease": decrease * scale / count,
+            }
+        )
+        if drew:  # g^T P g against its expectation under the model, which one draw estimates
+            self.diagnostics["innovation"] = decrease / innovation.clamp_min(1e-30)  # type: ignore[union-attr]
+
+    def _settle_priors(self, draws: list[Tensor], count: float) -> None:
+        """Unit-information priors from the first draw: prior_tokens * mean Fisher of the matrix per token."""
+        group = self.param_groups[0]
+        for stack, draw in zip(self._stacks, draws, strict=True):
+            known = torch.stack([self.state[p]["prior_known"] for p in stack.params]).bool()
+            if known.all():
+                continue
+            known = known.to(draw.device)
+            fisher = draw.flatten(1).square().mean(-1) / count  # (n,)
+            floor = fisher.max() * 1e-6
+            memory = stack.memory
+            prior = torch.where(known, memory["prior"], group["prior_tokens"] * torch.maximum(fisher, floor))
+            if not (prior > 0).all():
+                logger.warning("No gradient reached some parameters yet; their prior is settled at a later draw.")
+                continue
+            stack.set_prior(memory, prior)
+            for p in stack.params:
+                self.state[p]["prior_known"].fill_(1.0)
+
+    # -- prior belief ----------------------------------------------------------------------------------------------
+
+    def set_belief(self, belief: "Belief", strength: float = 1.0, mode: str = "factor") -> None:
+        """Take a belief (Laplace approximation on source data) as prior, weighed by `strength` per target token.
+
+        Args:
+            belief (`Belief`): Over the same adapter.
+            strength (`float`, *optional*, defaults to 1.0): lambda.
+            mode (`str`, *optional*, defaults to `"factor"`):
+                "factor": each step adds its tokens' share of the penalty's gradient and of its Gauss-Newton diagonal,
+                which any belief allows. "penalty": the gradient only.
+
+        Raises:
+            ValueError: Unknown mode, negative strength, or a belief over other weights.
+        """
+        _check(mode in ("factor", "penalty"), f"mode must be 'factor' or 'penalty', got {mode!r}")
+        _check(0 <= strength < math.inf, f"strength must be >= 0 and finite, got {strength}")
+        missing = belief.mean.keys() - {n for stack in self._stacks for n in stack.names}
+        _check(not missing, f"The belief covers weights that are not optimised: {sorted(missing)[:3]}")
+        self._belief = (belief, mode, strength)
+
+    @property
+    def belief_strength(self) -> float:
+        """Strength of the prior belief; settable while training, as a forgetting budget does."""
+        return self._belief[2] if self._belief else 0.0
+
+    @belief_strength.setter
+    def belief_strength(self, value: float) -> None:
+        if self._belief:
+            self._belief = (*self._belief[:2], value)
+
+    def _prior_pull(self, count: float) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
+        if self._belief is None or self._belief[2] == 0:
+            return None
+        belief, mode, strength = self._belief
+        weight = strength * count
+        state = {n: p for stack in self._stacks for n, p in zip(stack.names, stack.params, strict=True)}
+        energy, gradient = belief.energy_and_gradient(state)
+        self.diagnostics["penalty"], self.diagnostics["drift"] = strength * energy, energy
+        information = belief.precision.diagonal(state) if mode == "factor" else {}
+        return {k: g * weight for k, g in gradient.items()}, {k: f * weight for k, f in information.items()}
+
+    # -- state -----------------------------------------------------------------------------------------------------
+
+    def _adopt(self, stack: "_Stack", memory: Memory) -> None:
+        """Keep the stacked tensors, and show each parameter its slice of them in `state`."""
+        stack.memory = memory
+        for j, p in enumerate(stack.params):
+            self.state[p].update({key: tensor[j] for key, tensor in memory.items()})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a saved filter bit for bit; torch would cast the state to the parameters' dtype.
+
+        Args:
+            state_dict (`dict`): From `state_dict()` of a filter over the same parameters.
+
+        Raises:
+            ValueError: The saved filter has another memory, or other shapes.
+        """
+        saved = state_dict["param_groups"][0]
+        if saved["memory"] != self.param_groups[0]["memory"] or saved["rank"] != self.param_groups[0]["rank"]:
+            raise ValueError(
+                f"The saved filter has memory {saved['memory']!r} of rank {saved['rank']}, this one "
+                f"{self.param_groups[0]['memory']!r} of rank {self.param_groups[0]['rank']}."
+            )
+        params = [p for group in self.param_groups for p in group["params"]]
+        slots = [slot for group in state_dict["param_groups"] for slot in group["params"]]
+        if len(params) != len(slots):
+            raise ValueError(f"The saved filter has {len(slots)} parameters, this one {len(params)}.")
+        entries = {id(p): state_dict["state"].get(slot, {}) for p, slot in zip(params, slots, strict=True)}
+        for stack in self._stacks:
+            for key, tensor in stack.memory.items():
+                for j, p in enumerate(stack.params):
+                    value = entries[id(p)].get(key)
+                    if value is None or value.shape != tensor[j].shape:
+                        raise ValueError(f"The saved filter does not fit: {key!r} of {stack.names[j]} is missing or of another shape.")
+        for stack in self._stacks:
+            for key, tensor in stack.memory.items():
+                tensor.copy_(torch.stack([entries[id(p)][key].to(tensor) for p in stack.params]))
+            for p in stack.params:
+                self.state[p]["prior_known"] = entries[id(p)]["prior_known"].clone().cpu()
+        for own, theirs in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            own.update({k: v for k, v in theirs.items() if k not in ("params", "param_names")})
+        self._clear()
+
+
+class _Stack:
+    """Parameters of one shape (up to transposition), seen as one tensor (n, o, i) with o <= i."""
+
+    def __init__(self, names: list[str], params: list[Tensor], transposed: list[bool], kind: type):
+        self.names, self.params, self.transposed, self.kind = names, params, transposed, kind
+        shape = params[0].shape[::-1] if transposed[0] else params[0].shape
+        self.shape = torch.Size((len(params), *shape))
+        dtype = torch.promote_types(params[0].dtype, torch.float32)
+        self.like = torch.zeros((), dtype=dtype, device=params[0].device)
+        self.memory: Memory = {}
+
+    def create(self, rank: int) -> Memory:
+        if self.kind is KroneckerMemory:
+            return KroneckerMemory.create(self.shape, self.like, rank)
+        return DiagonalMemory.create(self.shape, self.like)
+
+    def set_prior(self, memory: Memory, prior: Tensor) -> None:
+        self.kind.set_prior(memory, prior)
+
+    def zeros(self) -> Tensor:
+        return self.like.new_zeros(self.shape)
+
+    def gather(self, tensors: list[Tensor | None]) -> Tensor:
+        """Stack one tensor per parameter, missing ones as zero."""
+        out = self.zeros()
+        for row, tensor, turn in zip(out.unbind(0), tensors, self.transposed, strict=True):
+            if tensor is not None:
+                row.copy_(tensor.mT if turn else tensor)
+        return out
+
+    def add_to_params(self, step: Tensor) -> None:
+        for p, row, turn in zip(self.params, step.unbind(0), self.transposed, strict=True):
+            p.add_((row.mT if turn else row).to(p.dtype))
+
+
+def _plan(group: dict[str, Any], memory: str, dense_limit: int) -> list[_Stack]:
+    """Group the parameters by shape; LoRA's A (r, d) and B^T (r, d) share a stack."""
+    plans: dict[tuple, list[tuple[str, Tensor, bool]]] = {}
+    for name, p in zip(group["param_names"], group["params"], strict=True):
+        turn = p.dim() == 2 and p.shape[0] > p.shape[1]
+        shape = tuple(p.shape[::-1]) if turn else tuple(p.shape)
+        kronecker = memory == "kronecker" and p.dim() == 2 and shape[0] <= dense_limit
+        plans.setdefault((kronecker, shape, p.dtype, p.device), []).append((name, p, turn))
+    return [
+        _Stack(*map(list, zip(*rows, strict=True)), KroneckerMemory if kronecker else DiagonalMemory)  # type: ignore
+        for (kronecker, *_), rows in plans.items()
+    ]
+
+
+def create_loko_optimizer(
+    model: nn.Module,
+    *,
+    adapter_name: str | None = None,
+    belief: "Belief | None" = None,
+    belief_strength: float = 1.0,
+    belief_mode: str = "factor",
+    observation: CategoricalObservation | None = None,
+    **options: Any,
+) -> LoKO:
+    """A LoKO optimizer over all trainable weights of a PEFT model, with priors from their initialisation.
+
+    Args:
+        model (`PeftModel`): Model with a LoRA adapter; `modules_to_save` and other trainable tensors are filtered too.
+        adapter_name (`str`, *optional*): Defaults to the active adapter.
+        belief (`Belief`, *optional*): Prior belief over the adapter, see [`LoKO.set_belief`].
+        belief_strength (`float`, *optional*, defaults to 1.0): See [`LoKO.set_belief`].
+        belief_mode (`str`, *optional*, defaults to `"factor"`): See [`LoKO.set_belief`].
+        observation (`CategoricalObservation`, *optional*): Inferred from the model's class by default.
+        **options: Further options of [`LoKO`].
+
+    Returns:
+        `LoKO`: Usable in a hand-written loop and in `KalmanTrainer`.
+
+    Raises:
+        TypeError: The model has no PEFT adapter.
+        ValueError: An option is out of range, or the task is no categorical one.
+    """
+    from .adapters import AdapterState
+
+    state = AdapterState(model, adapter_name, warn_excluded=False)
+    factors = {id(p): key for key, p in state.parameters().items()}
+    zero_start = {id(pair.b) for pair in state}
+    named, prior = [], {}
+    for name, p in state.model.named_parameters():
+        if p.requires_grad:
+            key = factors.get(id(p), name)
+            named.append((key, p))
+            spread = float(p.detach().float().square().mean())
+            prior[key] = None if id(p) in zero_start or spread == 0 else 1 / spread
+    optimizer = LoKO(
+        named, observation or infer_observation(state.model), prior_precision=prior, **options
+    )
+    if belief is not None:
+        optimizer.set_belief(belief, belief_strength, belief_mode)
+    return optimizer
+
+
+def _norm(tensors: list[Tensor]) -> Tensor:
+    return torch.stack([t.norm() for t in tensors]).norm()
+
+
+def _positive(value: float) -> bool:
+    return 0 < value < math.inf
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(f"{message}.")
