@@ -29,3 +29,11 @@ def any_process(flag: bool, device: torch.device | str = "cpu") -> bool:
     seen = torch.tensor([float(flag)], device=device)
     dist.all_reduce(seen, op=dist.ReduceOp.MAX)
     return bool(seen.item())
+
+
+def broadcast_(tensors: Iterable[Tensor]) -> None:
+    """Give the first process's values to all, in place."""
+    if world()[1] == 1:
+        return
+    for tensor in tensors:
+        dist.broadcast(tensor, src=0)

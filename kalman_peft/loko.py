@@ -6,8 +6,9 @@ with g the gradient of the summed log-likelihood. The output Jacobian J is never
 log-likelihood of labels *sampled* from the model has mean zero and that very information as its covariance, so that
 one more backward pass gives an unbiased rank-one draw of it. A memory (see `memories`) keeps what fits.
 
-Prior: a factor that starts at random (every lora_A) keeps the precision of its own initialisation, a factor that starts
-at zero (every lora_B) gets a unit-information prior, `prior_tokens` times the mean Fisher of that matrix per token.
+Prior: every lora_A, which starts at random, keeps the precision of its own initialisation; every lora_B, which starts
+at zero, and whatever else is trained (a classification head) get a unit-information prior, `prior_tokens` times the
+mean Fisher of that matrix per token.
 """
 
 import logging
@@ -55,7 +56,9 @@ class LoKO(torch.optim.Optimizer):
         dense_limit (`int`, *optional*, defaults to 128): See `memory`.
         curvature_every (`int`, *optional*, defaults to 1):
             Draw labels, at the price of one more backward pass, at every n-th step; a draw then counts n times.
-        prior_tokens (`float`, *optional*, defaults to 1e4): Strength of the unit-information prior, in tokens.
+        prior_tokens (`float`, *optional*):
+            Strength of the unit-information prior, in observed labels; defaults to 1e4 tokens for causal language
+            models and to 30 labels otherwise.
         prior_precision (`dict[str, float | None]`, *optional*):
             Prior precision per parameter name; `None` stands for the unit-information prior.
         tempering (`float`, *optional*, defaults to 1.0):
@@ -81,7 +84,7 @@ class LoKO(torch.optim.Optimizer):
         rank: int = 16,
         dense_limit: int = 128,
         curvature_every: int = 1,
-        prior_tokens: float = 1e4,
+        prior_tokens: float | None = None,
         prior_precision: dict[str, float | None] | None = None,
         tempering: float = 1.0,
         forgetting: float = 1.0,
@@ -93,6 +96,8 @@ class LoKO(torch.optim.Optimizer):
         _check(memory in MEMORIES, f"memory must be one of {MEMORIES}, got {memory!r}")
         _check(rank >= 1, f"rank must be >= 1, got {rank}")
         _check(curvature_every >= 1, f"curvature_every must be >= 1, got {curvature_every}")
+        if prior_tokens is None:
+            prior_tokens = 1e4 if observation.shift else 30.0
         _check(_positive(prior_tokens), f"prior_tokens must be positive and finite, got {prior_tokens}")
         _check(_positive(tempering), f"tempering must be positive and finite, got {tempering}")
         _check(0 < forgetting <= 1, f"forgetting must be in (0, 1], got {forgetting}")
@@ -181,18 +186,19 @@ class LoKO(torch.optim.Optimizer):
 
     def _backward(self, logits: Tensor, cotangent: Tensor, retain_graph: bool) -> list[Tensor]:
         params = [p for stack in self._stacks for p in stack.params]
-        try:
-            grads = torch.autograd.grad(logits, params, cotangent, retain_graph=retain_graph, allow_unused=True)
-        except RuntimeError as error:
-            if "reentrant" in str(error) or "checkpoint" in str(error).lower():
-                raise ValueError(
-                    "LoKO reads gradients with torch.autograd.grad, which reentrant gradient checkpointing does not "
-                    "support; set gradient_checkpointing_kwargs={'use_reentrant': False}."
-                ) from error
-            raise
+        grads = torch.autograd.grad(logits, params, cotangent, retain_graph=retain_graph, allow_unused=True)
+        factors = [g for g, name in zip(grads, self._names(), strict=True) if ".lora_" in name]
+        if all(g is None for g in factors or grads):
+            raise ValueError(
+                "No gradient reaches the adapter. Either the adapter is not active, or gradient checkpointing is "
+                "reentrant, which hides the graph: set gradient_checkpointing_kwargs={'use_reentrant': False}."
+            )
         found = dict(zip(map(id, params), grads, strict=True))
         # The cotangent is that of the negative log-likelihood; scores are gradients of the log-likelihood.
         return [stack.gather([found[id(p)] for p in stack.params]).neg_() for stack in self._stacks]
+
+    def _names(self) -> list[str]:
+        return [name for stack in self._stacks for name in stack.names]
 
     def _clear(self) -> None:
         self._score: list[Tensor] = []
@@ -312,7 +318,7 @@ class LoKO(torch.optim.Optimizer):
         """
         _check(mode in ("factor", "penalty"), f"mode must be 'factor' or 'penalty', got {mode!r}")
         _check(0 <= strength < math.inf, f"strength must be >= 0 and finite, got {strength}")
-        missing = belief.mean.keys() - {n for stack in self._stacks for n in stack.names}
+        missing = belief.mean.keys() - set(self._names())
         _check(not missing, f"The belief covers weights that are not optimised: {sorted(missing)[:3]}")
         self._belief = (belief, mode, strength)
 
@@ -462,14 +468,14 @@ def create_loko_optimizer(
 
     state = AdapterState(model, adapter_name, warn_excluded=False)
     factors = {id(p): key for key, p in state.parameters().items()}
-    zero_start = {id(pair.b) for pair in state}
+    random_start = {id(pair.a) for pair in state}
     named, prior = [], {}
     for name, p in state.model.named_parameters():
         if p.requires_grad:
             key = factors.get(id(p), name)
             named.append((key, p))
-            spread = float(p.detach().float().square().mean())
-            prior[key] = None if id(p) in zero_start or spread == 0 else 1 / spread
+            spread = float(p.detach().float().square().mean()) if id(p) in random_start else 0.0
+            prior[key] = 1 / spread if spread > 0 else None
     optimizer = LoKO(
         named, observation or infer_observation(state.model), prior_precision=prior, **options
     )

@@ -138,3 +138,22 @@ def _invert(mass: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     index = torch.searchsorted(cumulative, target[:, None], right=True).squeeze(-1).clamp_(max=mass.shape[-1] - 1)
     start = cumulative.gather(1, index[:, None]).squeeze(1) - mass.gather(1, index[:, None]).squeeze(1)
     return index, (target - start).clamp_(min=0)
+
+
+def negative_log_likelihood(
+    logits: Tensor, labels: Tensor, observation: CategoricalObservation
+) -> tuple[Tensor, Tensor]:
+    """Summed negative log-likelihood and number of labels that count.
+
+    Args:
+        logits (`Tensor`): Shape (..., V).
+        labels (`Tensor`): Shape (...), -100 where nothing is observed.
+        observation (`CategoricalObservation`): How labels meet logits.
+
+    Returns:
+        `tuple[Tensor, Tensor]`: Scalars.
+    """
+    targets = observation.targets(logits, labels)
+    rows = logits.reshape(-1, logits.shape[-1])
+    total = nn.functional.cross_entropy(rows.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    return total, targets.ne(IGNORE_INDEX).sum()

@@ -1,0 +1,315 @@
+"""Belief: mean and precision of the adapter's weights, with its files.
+
+`belief.safetensors` holds the tensors, `belief_config.json` what they are over: base model, adapted layers, ranks,
+structure, and how the curvature was taken. Loading checks all of it; writing is atomic.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .adapters import AdapterState
+from .curvature.estimate import estimate_curvature, refuse_nonlinear_merge
+from .distributed import broadcast_, world
+from .precision import Precision, precision_from_tensors
+
+
+BELIEF_WEIGHTS = "belief.safetensors"
+BELIEF_CONFIG = "belief_config.json"
+_FORMAT = 1
+
+
+class BeliefError(ValueError):
+    """A belief's files are damaged or foreign, or it is over another adapter or base model."""
+
+
+class Belief:
+    """A Gaussian over the weights of one LoRA adapter: the Laplace approximation around `mean`.
+
+    Args:
+        mean (`Mapping[str, Tensor]`): One float32 tensor per adapter key, see [`AdapterState`].
+        precision (`Precision`): Precision per observed token, in nats.
+        info (`Mapping[str, Any]`, *optional*): Base model, adapter and provenance; JSON-serialisable.
+    """
+
+    def __init__(self, mean: Mapping[str, Tensor], precision: Precision, info: Mapping[str, Any] | None = None):
+        self.mean = dict(mean)
+        self.precision = precision
+        self.info = dict(info or {})
+
+    @classmethod
+    def fit(
+        cls,
+        model: nn.Module,
+        dataloader: Iterable[Mapping[str, Tensor]],
+        *,
+        adapter_name: str | None = None,
+        **options: Any,
+    ) -> Self:
+        """Laplace approximation at the adapter's present weights, from source data.
+
+        In a process group all processes take part, and the first one's adapter weights are given to all.
+
+        Args:
+            model (`PeftModel`): Model with a LoRA adapter.
+            dataloader (`Iterable`): Batches of source data with `labels`.
+            adapter_name (`str`, *optional*): Defaults to the active adapter.
+            **options: See [`estimate_curvature`].
+
+        Returns:
+            `Belief`: With `mean` a float32 copy of the adapter's weights.
+        """
+        state = AdapterState(model, adapter_name)
+        broadcast_(state.tensors().values())
+        precision, record = estimate_curvature(model, dataloader, adapter_name=state.adapter_name, **options)
+        return cls(state.snapshot(), precision, {"adapter": describe(state), "curvature": record})
+
+    # -- energy ----------------------------------------------------------------------------------------------------
+
+    def energy_and_gradient(self, state: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """R = 1/2 (state - mean)^T precision (state - mean), in nats per token, and its gradient.
+
+        Args:
+            state (`Mapping[str, Tensor]`): Adapter weights by key, as from `AdapterState.parameters`.
+
+        Returns:
+            `tuple[Tensor, dict[str, Tensor]]`: A float32 scalar, and one tensor per key.
+        """
+        return self.precision.energy_and_gradient(state, self.mean)
+
+    def energy(self, state: Mapping[str, Tensor]) -> Tensor:
+        """R alone, see `energy_and_gradient`."""
+        return self.precision.energy(state, self.mean)
+
+    def proximal(self, state: Mapping[str, Tensor], step: float) -> dict[str, Tensor]:
+        """Minimise step * R(x) + 1/2 ||x - state||^2.
+
+        Args:
+            state (`Mapping[str, Tensor]`): Adapter weights by key.
+            step (`float`): Strength times learning rate, >= 0.
+
+        Returns:
+            `dict[str, Tensor]`: The minimiser, one tensor per covered key.
+
+        Raises:
+            ValueError: The precision's structure has no proximal form.
+        """
+        return self.precision.proximal(state, self.mean, step)
+
+    def to(self, device: torch.device | str) -> Self:
+        """The belief with all tensors on `device`."""
+        return type(self)({k: m.to(device) for k, m in self.mean.items()}, self.precision.to(device), self.info)
+
+    # -- fit with a model ------------------------------------------------------------------------------------------
+
+    def check(self, model: nn.Module, adapter_name: str | None = None) -> AdapterState:
+        """Make sure that this belief is over the model's adapter.
+
+        Args:
+            model (`PeftModel`): The model to be trained or measured.
+            adapter_name (`str`, *optional*): Defaults to the active adapter.
+
+        Returns:
+            `AdapterState`: View of that adapter.
+
+        Raises:
+            BeliefError: Another set of layers, another rank or scaling, or another base model.
+        """
+        state = AdapterState(model, adapter_name, warn_excluded=False)
+        parameters = state.parameters()
+        if parameters.keys() != self.mean.keys():
+            extra, missing = sorted(parameters.keys() - self.mean.keys()), sorted(self.mean.keys() - parameters.keys())
+            raise BeliefError(
+                "The belief is over other layers than this adapter: "
+                + (f"it lacks {extra[:2]} ({len(extra)} in all). " if extra else "")
+                + (f"It has {missing[:2]} ({len(missing)} in all) that the adapter lacks. " if missing else "")
+                + "Use the `target_modules` it was made with, or fit a new one."
+            )
+        for key, p in parameters.items():
+            if p.shape != self.mean[key].shape:
+                raise BeliefError(
+                    f"{key} has shape {tuple(p.shape)} in the adapter but {tuple(self.mean[key].shape)} in the belief; "
+                    "use the rank `r` it was made with."
+                )
+        if self.precision.space == "delta_w":
+            refuse_nonlinear_merge(state)
+        mine, theirs = self.info.get("adapter"), describe(state)
+        if mine:
+            changed = [n for n, s in theirs["scaling"].items() if abs(mine["scaling"].get(n, s) - s) > 1e-6 * s]
+            if changed:
+                raise BeliefError(
+                    f"The belief was made with scaling {mine['scaling'][changed[0]]} at {changed[0]}, the adapter has "
+                    f"{theirs['scaling'][changed[0]]}; use its `lora_alpha` and `use_rslora`."
+                )
+            a, b = mine["base_fingerprint"], theirs["base_fingerprint"]
+            if a and b and a != b:
+                raise BeliefError(
+                    f"The belief was made on base model {mine['base_model']!r} (fingerprint {a[:12]}), but this model's "
+                    f"base weights differ ({theirs['base_model']!r}, {b[:12]}). Load that base model, or fit a new "
+                    "belief."
+                )
+        return state
+
+    # -- files -----------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """Write `belief.safetensors` and `belief_config.json`, each atomically.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): Created if missing; the adapter's own folder is the usual place.
+
+        Raises:
+            BeliefError: The belief contains NaN or Inf.
+        """
+        tensors = self._tensors()
+        bad = [name for name, t in tensors.items() if not torch.isfinite(t).all()]
+        if bad:
+            raise BeliefError(f"The belief contains NaN or Inf ({bad[0]}) and is not written.")
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        fingerprint = _fingerprint(tensors)
+        config = {
+            "format": _FORMAT,
+            "structure": self.precision.structure,
+            "space": self.precision.space,
+            "fingerprint": fingerprint,
+            **self.info,
+        }
+        _atomically(folder / BELIEF_WEIGHTS, lambda p: save_file(tensors, p, {"fingerprint": fingerprint}))
+        _atomically(folder / BELIEF_CONFIG, lambda p: p.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n"))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained: str | os.PathLike,
+        *,
+        device: torch.device | str = "cpu",
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> Self:
+        """Read a belief from a folder or from a repository on the Hub.
+
+        Args:
+            pretrained (`str` or `os.PathLike`): Folder with the two files, or a repository id.
+            device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): Where the tensors go.
+            revision (`str`, *optional*): Of the repository.
+            token (`str` or `bool`, *optional*): For private repositories.
+
+        Returns:
+            `Belief`: As saved.
+
+        Raises:
+            FileNotFoundError: The folder has no belief.
+            BeliefError: A file is truncated, of an unknown format, or does not belong to the other.
+        """
+        weights, config_file = _locate(pretrained, revision, token)
+        try:
+            config = json.loads(config_file.read_text())
+            structure, space, expected = config.pop("structure"), config.pop("space"), config.pop("fingerprint")
+            found = config.pop("format")
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise BeliefError(f"{config_file} is no belief config, or is truncated ({error}).") from error
+        if found != _FORMAT:
+            raise BeliefError(f"{config_file} has format {found}; this version reads {_FORMAT}. Update kalman_peft.")
+        try:
+            with safe_open(weights, framework="pt", device=str(device)) as file:
+                stored = (file.metadata() or {}).get("fingerprint")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise BeliefError(f"{weights} cannot be read; it is truncated or no safetensors file ({error}).") from error
+        if not stored == expected == _fingerprint(tensors):
+            raise BeliefError(
+                f"{weights} does not belong to {config_file}: fingerprints differ. Copy both files from one save."
+            )
+        mean = {n.removeprefix("mean/"): t for n, t in tensors.items() if n.startswith("mean/")}
+        rest = {n.removeprefix("precision/"): t for n, t in tensors.items() if n.startswith("precision/")}
+        try:
+            precision = precision_from_tensors(structure, space, rest)
+        except (KeyError, ValueError) as error:
+            raise BeliefError(f"{weights} holds no complete {structure} precision in {space} space: {error}") from error
+        return cls(mean, precision, config)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        named = {f"mean/{k}": m for k, m in self.mean.items()}
+        named |= {f"precision/{k}": t for k, t in self.precision.tensors().items()}
+        return {name: t.detach().cpu().contiguous().clone() for name, t in named.items()}
+
+
+def describe(state: AdapterState) -> dict[str, Any]:
+    """What an adapter is over: base model, its fingerprint, and the scaling of every adapted layer.
+
+    Args:
+        state (`AdapterState`): The adapter.
+
+    Returns:
+        `dict[str, Any]`: JSON-serialisable.
+    """
+    return {
+        "base_model": state.config.base_model_name_or_path,
+        "base_fingerprint": base_fingerprint(state),
+        "scaling": {pair.name: pair.scaling for pair in state},
+    }
+
+
+def base_fingerprint(state: AdapterState) -> str | None:
+    """Hash of some weights of the first and last adapted layer, the same for a bf16 and a float32 copy.
+
+    Args:
+        state (`AdapterState`): The adapter on its base model.
+
+    Returns:
+        `str` or `None`: Hexadecimal; `None` for quantised weights, which cannot be compared.
+    """
+    digest = hashlib.sha256()
+    for pair in (state.pairs[0], state.pairs[-1]):
+        weight = state.model.get_submodule(pair.name).get_base_layer().weight  # type: ignore[operator]
+        if not weight.is_floating_point() or weight.dim() != 2 or weight.device.type == "meta":
+            return None
+        flat = weight.detach().reshape(-1)
+        sample = flat[:: max(flat.numel() // 4096, 1)][:4096].to(torch.bfloat16).float().cpu()
+        digest.update(str(tuple(weight.shape)).encode() + sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """Hash of names, shapes, dtypes and of a sum of every tensor."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        t = tensors[name]
+        total = t.detach().cpu().double().sum().item()
+        digest.update(f"{name}|{tuple(t.shape)}|{t.dtype}|{total!r}\n".encode())
+    return digest.hexdigest()
+
+
+def _locate(pretrained: str | os.PathLike, revision: str | None, token: str | bool | None) -> tuple[Path, Path]:
+    folder = Path(pretrained)
+    if folder.is_dir():
+        for name in (BELIEF_WEIGHTS, BELIEF_CONFIG):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder} has no {name}; was the adapter trained with kalman_peft?")
+        return folder / BELIEF_WEIGHTS, folder / BELIEF_CONFIG
+    if folder.is_absolute() or str(pretrained).startswith("."):
+        raise FileNotFoundError(f"{folder} is no folder.")
+    from huggingface_hub import hf_hub_download
+
+    paths = (hf_hub_download(str(pretrained), n, revision=revision, token=token) for n in (BELIEF_WEIGHTS, BELIEF_CONFIG))
+    weights, config = map(Path, paths)
+    return weights, config
+
+
+def _atomically(path: Path, write: Any) -> None:
+    """Write beside `path`, then replace it: a reader or a crash sees the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{world()[0]}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

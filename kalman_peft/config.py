@@ -1,0 +1,187 @@
+"""KalmanConfig: TrainingArguments plus what the belief and the Kalman optimizer need."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from .curvature.estimate import SPACES, STRUCTURES
+from .curvature.fisher import FISHERS
+from .laplace import FORMS
+from .loko import MEMORIES
+
+
+@dataclass
+class KalmanArguments:
+    """The fields that this library adds; a mixin for any TrainingArguments class.
+
+    > Parameters that control the optimizer
+
+    Args:
+        optimizer (`str`, *optional*):
+            "loko", or the name of any optimizer of the Trainer (as in `optim`). `None` leaves the choice to `optim`.
+        loko_memory (`str`, *optional*, defaults to `"kronecker"`): See [`LoKO`].
+        loko_rank (`int`, *optional*, defaults to 16): See [`LoKO`].
+        loko_curvature_every (`int`, *optional*, defaults to 1): See [`LoKO`].
+        loko_prior_tokens (`float`, *optional*): See [`LoKO`].
+        loko_max_decrease (`float`, *optional*, defaults to 0.5): See [`LoKO`].
+        loko_max_kl (`float`, *optional*): See [`LoKO`].
+        loko_tempering (`float`, *optional*, defaults to 1.0): See [`LoKO`].
+        loko_forgetting (`float`, *optional*, defaults to 1.0): See [`LoKO`].
+        loko_process_noise (`float`, *optional*, defaults to 0.0): See [`LoKO`].
+        loko_belief_mode (`str`, *optional*, defaults to `"factor"`): See [`LoKO.set_belief`].
+
+    > Parameters that control the belief (with `source_dataset` or `belief`)
+
+    Args:
+        laplace_strength (`float`, *optional*):
+            lambda, weight of a source token relative to a target token. 0 switches the regulariser off. Defaults to
+            100, unless `forgetting_budget` is given.
+        forgetting_budget (`float`, *optional*):
+            Instead of a strength: allowed rise of the held-out source loss, in nats per token.
+        budget_steps (`int`, *optional*, defaults to 10): Measure the source loss at every n-th step.
+        laplace_form (`str`, *optional*, defaults to `"gradient"`): "gradient" or "proximal".
+        laplace_structure (`str`, *optional*, defaults to `"kronecker"`): See [`estimate_curvature`].
+        laplace_space (`str`, *optional*, defaults to `"delta_w"`): See [`estimate_curvature`].
+        laplace_fisher (`str`, *optional*, defaults to `"sampled"`): See [`estimate_curvature`].
+        laplace_rank (`int`, *optional*, defaults to 32): See [`estimate_curvature`].
+        source_samples (`int`, *optional*, defaults to 64): Sequences of the source data used for the curvature.
+        source_heldout (`int`, *optional*, defaults to 16):
+            Sequences of the source data kept aside to measure the source loss.
+    """
+
+    optimizer: str | None = field(
+        default=None, metadata={"help": "'loko', or any optimizer of the Trainer; None leaves it to `optim`."}
+    )
+    loko_memory: str = field(default="kronecker", metadata={"help": f"Memory of LoKO, one of {MEMORIES}."})
+    loko_rank: int = field(default=16, metadata={"help": "Eigenpairs kept on long sides by LoKO's Kronecker memory."})
+    loko_curvature_every: int = field(default=1, metadata={"help": "Draw curvature at every n-th step of LoKO."})
+    loko_prior_tokens: float | None = field(
+        default=None, metadata={"help": "Strength of LoKO's unit-information prior, in labels; 1e4 for causal models."}
+    )
+    loko_max_decrease: float | None = field(
+        default=0.5, metadata={"help": "LoKO's trust region: largest predicted decrease per step, nats per token."}
+    )
+    loko_max_kl: float | None = field(
+        default=None, metadata={"help": "LoKO's trust region: largest KL divergence per step, nats per token."}
+    )
+    loko_tempering: float = field(default=1.0, metadata={"help": "Power on the likelihood in LoKO."})
+    loko_forgetting: float = field(default=1.0, metadata={"help": "Forgetting factor of LoKO per step, in (0, 1]."})
+    loko_process_noise: float = field(default=0.0, metadata={"help": "Variance LoKO adds to every weight per step."})
+    loko_belief_mode: str = field(
+        default="factor", metadata={"help": "How LoKO takes a belief as prior: 'factor' or 'penalty'."}
+    )
+    laplace_strength: float | None = field(
+        default=None, metadata={"help": "Weight of a source token relative to a target token; defaults to 100."}
+    )
+    forgetting_budget: float | None = field(
+        default=None, metadata={"help": "Allowed rise of the source loss in nats per token, instead of a strength."}
+    )
+    budget_steps: int = field(default=10, metadata={"help": "Measure the source loss at every n-th step."})
+    laplace_form: str = field(default="gradient", metadata={"help": f"Form of the penalty, one of {FORMS}."})
+    laplace_structure: str = field(
+        default="kronecker", metadata={"help": f"Structure of the precision, one of {STRUCTURES}."}
+    )
+    laplace_space: str = field(default="delta_w", metadata={"help": f"Space of the precision, one of {SPACES}."})
+    laplace_fisher: str = field(default="sampled", metadata={"help": f"Fisher of the curvature, one of {FISHERS}."})
+    laplace_rank: int = field(default=32, metadata={"help": "Eigenpairs kept on long sides of the precision."})
+    source_samples: int = field(default=64, metadata={"help": "Source sequences used for the curvature."})
+    source_heldout: int = field(default=16, metadata={"help": "Source sequences held out to measure their loss."})
+
+    def _check_kalman(self) -> None:
+        for name, choices in (
+            ("loko_memory", MEMORIES),
+            ("loko_belief_mode", ("factor", "penalty")),
+            ("laplace_form", FORMS),
+            ("laplace_structure", STRUCTURES),
+            ("laplace_space", SPACES),
+            ("laplace_fisher", FISHERS),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}.")
+        if self.forgetting_budget is not None and self.laplace_strength is not None:
+            raise ValueError(
+                "Give laplace_strength (a fixed weight) or forgetting_budget (which chooses the weight), not both; got "
+                f"{self.laplace_strength} and {self.forgetting_budget}."
+            )
+        if self.forgetting_budget is not None and self.source_heldout < 1:
+            raise ValueError("forgetting_budget measures the source loss and needs source_heldout >= 1.")
+        if min(self.source_samples, self.budget_steps) < 1 or self.source_heldout < 0:
+            raise ValueError("source_samples and budget_steps must be >= 1, and source_heldout >= 0.")
+        if self.uses_loko and self.laplace_form != "gradient":
+            raise ValueError(
+                f"laplace_form={self.laplace_form!r} goes with optimizers that follow `.grad`; LoKO takes the belief as "
+                "its prior (see loko_belief_mode)."
+            )
+
+    @property
+    def uses_loko(self) -> bool:
+        """Whether the adapter is trained by the Kalman filter."""
+        return (self.optimizer or "").lower() == "loko"
+
+    def loko_options(self) -> dict[str, Any]:
+        """Keyword arguments for [`create_loko_optimizer`]."""
+        names = (
+            "memory", "rank", "curvature_every", "prior_tokens", "max_decrease", "max_kl", "tempering", "forgetting",
+            "process_noise",
+        )  # fmt: skip
+        return {name: getattr(self, f"loko_{name}") for name in names}
+
+
+@dataclass
+class KalmanConfig(KalmanArguments, TrainingArguments):
+    """TrainingArguments with the fields of [`KalmanArguments`].
+
+    Changed defaults, with `optimizer="loko"` only: `learning_rate` 1.0 (it scales the Kalman step; there is nothing to
+    tune), `lr_scheduler_type` "constant", `max_grad_norm` 0 (the filter has a trust region of its own). Without LoKO
+    they are the Trainer's: 5e-5, "linear", 1.0.
+
+    Raises:
+        ValueError: Options that exclude each other, or a value that is out of range; the message says which.
+    """
+
+    learning_rate: float | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Learning rate; defaults to 5e-5. With LoKO, scale of the step: 1."}
+    )
+    lr_scheduler_type: str | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Schedule of the learning rate; defaults to linear, constant with LoKO."}
+    )
+    max_grad_norm: float | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Largest gradient norm; defaults to 1.0. With LoKO it must be 0."}
+    )
+
+    def __post_init__(self) -> None:
+        loko = self.uses_loko
+        if self.learning_rate is None:
+            self.learning_rate = 1.0 if loko else 5e-5
+        if self.lr_scheduler_type is None:
+            self.lr_scheduler_type = "constant" if loko else "linear"
+        if self.max_grad_norm is None:
+            self.max_grad_norm = 0.0 if loko else 1.0
+        if self.optimizer and not loko:
+            self.optim = self.optimizer
+        self._check_kalman()
+        if loko:
+            self._check_loko()
+        super().__post_init__()
+
+    def _check_loko(self) -> None:
+        refused = {
+            "max_grad_norm": (self.max_grad_norm, 0, "the trust region (loko_max_decrease) bounds the step"),
+            "weight_decay": (self.weight_decay, 0, "the prior (loko_prior_tokens, a belief) takes its place"),
+            "label_smoothing_factor": (self.label_smoothing_factor, 0, "the filter observes the labels themselves"),
+            "fp16": (self.fp16, False, "use bf16=True"),
+            "deepspeed": (bool(self.deepspeed), False, "use DistributedDataParallel"),
+            "fsdp": (bool(self.fsdp), False, "use DistributedDataParallel"),
+        }
+        for name, (value, allowed, remedy) in refused.items():
+            if value != allowed:
+                raise ValueError(f"{name}={value} is not supported with optimizer='loko': {remedy}.")
+        if self.gradient_checkpointing:
+            chosen = dict(self.gradient_checkpointing_kwargs or {})
+            if chosen.setdefault("use_reentrant", False):
+                raise ValueError(
+                    "optimizer='loko' does not support reentrant gradient checkpointing; set "
+                    "gradient_checkpointing_kwargs={'use_reentrant': False}."
+                )
+            self.gradient_checkpointing_kwargs = chosen

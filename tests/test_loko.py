@@ -1,0 +1,285 @@
+"""The LoKO optimizer: what it observes, what it refuses, and that its state survives."""
+
+import copy
+import io
+
+import pytest
+import torch
+from conftest import make_batch, make_lora_bert, make_lora_llama
+from torch import nn
+
+from kalman_peft import AdapterState, CategoricalObservation, LoKO, create_loko_optimizer
+from kalman_peft.belief import Belief
+from kalman_peft.precision import DiagonalPrecision
+
+
+def batches(n, **kwargs):
+    return [make_batch(seed=s, **kwargs) for s in range(n)]
+
+
+def run(model, optimizer, data):
+    losses = []
+    for batch in data:
+        inputs = {k: v for k, v in batch.items() if k != "labels"}
+        losses.append(optimizer.observe(model(**inputs).logits, batch["labels"]).item())
+        optimizer.step()
+    return losses
+
+
+def test_loss_and_score_are_those_of_the_model(batch):
+    model = make_lora_llama()
+    optimizer = create_loko_optimizer(model, memory="diagonal", max_decrease=None, prior_tokens=1.0)
+    out = model(**batch)
+    params = list(AdapterState(model).parameters().values())
+    tokens = (batch["labels"][:, 1:] != -100).sum()
+    expected = torch.autograd.grad(-out.loss * tokens, params, retain_graph=True)
+    loss = optimizer.observe(out.logits, batch["labels"])
+    torch.testing.assert_close(loss.float(), out.loss.detach().float())
+    found = {
+        id(p): (row.mT if turn else row)
+        for stack, score in zip(optimizer._stacks, optimizer._score, strict=True)
+        for p, row, turn in zip(stack.params, score, stack.transposed, strict=True)
+    }
+    for p, g in zip(params, expected, strict=True):
+        torch.testing.assert_close(found[id(p)], g, rtol=1e-5, atol=1e-6)  # the model's own loss is float32
+    assert all(p.grad is None for p in params)
+
+
+def test_diagonal_step_is_precision_weighted(batch):
+    # theta + g / (prior + draw^2), with prior known and the draw read from the buffer.
+    model = make_lora_llama()
+    view = AdapterState(model)
+    optimizer = LoKO(
+        view.parameters().items(), CategoricalObservation(shift=True), memory="diagonal", max_decrease=None,
+        prior_precision=dict.fromkeys(view.parameters(), 50.0),
+    )  # fmt: skip
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    optimizer.observe(model(**inputs).logits, batch["labels"])
+    before = {id(p): p.detach().clone() for p in view.parameters().values()}
+    score, draw = [s.clone() for s in optimizer._score], [d.clone() for d in optimizer._draw]
+    optimizer.step()
+    for stack, g, c in zip(optimizer._stacks, score, draw, strict=True):
+        expected = g / (50.0 + c.square())
+        for p, row, turn in zip(stack.params, expected, stack.transposed, strict=True):
+            torch.testing.assert_close(p.detach(), before[id(p)] + (row.mT if turn else row))
+
+
+def test_accumulation_equals_one_batch(batch):
+    # Without label draws (no curvature at this step) the scores add exactly.
+    model = make_lora_llama()
+    start = copy.deepcopy(model.state_dict())
+    results = []
+    for split in (False, True):
+        model.load_state_dict(start)
+        optimizer = create_loko_optimizer(model, curvature_every=2)
+        run(model, optimizer, [batch])
+        parts = [{k: v[i : i + 1] for k, v in batch.items()} for i in range(3)] if split else [batch]
+        for part in parts:
+            optimizer.observe(
+                model(input_ids=part["input_ids"], attention_mask=part["attention_mask"]).logits, part["labels"]
+            )
+        optimizer.step()
+        results.append(AdapterState(model).flatten().clone())
+    torch.testing.assert_close(results[0], results[1])
+
+
+@pytest.mark.parametrize("memory", ["kronecker", "diagonal"])
+def test_learns_and_beats_its_start(memory, batch):
+    model = make_lora_llama(torch.float32)
+    optimizer = create_loko_optimizer(model, memory=memory)
+    losses = run(model, optimizer, [batch] * 25)
+    assert losses[-1] < 0.6 * losses[0]
+    assert {"kl", "trace_p", "gain_norm", "innovation"} <= optimizer.diagnostics.keys()
+    trainable = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert len(trainable) == 12
+
+
+def test_every_trainable_tensor_moves_with_a_classification_head():
+    model = make_lora_bert(torch.float32, target_modules=["value"]).eval()  # dropout would hide the descent
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    assert any("classifier" in n for n in before)
+    data = make_batch(lengths=(5, 3), prompt=0)
+    data["labels"] = torch.tensor([2, 0])
+    optimizer = create_loko_optimizer(model)
+    losses = run(model, optimizer, [data] * 20)
+    assert losses[-1] < losses[0] / 2
+    for n, p in model.named_parameters():
+        if p.requires_grad:
+            assert not torch.equal(p, before[n]), n
+
+
+@pytest.mark.parametrize("memory", ["kronecker", "diagonal"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("every", [1, 3])
+def test_resume_is_bitwise_exact(memory, dtype, every):
+    def fresh():
+        model = make_lora_llama(dtype, attn="sdpa")
+        return model, create_loko_optimizer(model, memory=memory, curvature_every=every, forgetting=0.99)
+
+    data = batches(7)
+    model, optimizer = fresh()
+    run(model, optimizer, data)
+    other, first = fresh()
+    run(other, first, data[:4])
+    file = io.BytesIO()
+    torch.save((first.state_dict(), other.state_dict()), file)
+    file.seek(0)
+    saved, weights = torch.load(file, weights_only=True)
+    other, second = fresh()
+    other.load_state_dict(weights)
+    second.load_state_dict(saved)
+    run(other, second, data[4:])
+    assert torch.equal(AdapterState(model).flatten(), AdapterState(other).flatten())
+    for a, b in zip(optimizer._stacks, second._stacks, strict=True):
+        for key in a.memory:
+            assert a.memory[key].dtype == torch.float32
+            assert torch.equal(a.memory[key], b.memory[key]), key
+
+
+def test_priors_follow_the_initialisation(batch):
+    model = make_lora_llama(torch.float32, random_b=False)
+    optimizer = create_loko_optimizer(model, prior_tokens=100.0)
+    view = AdapterState(model)
+    run(model, optimizer, [batch])
+    for stack in optimizer._stacks:
+        for name, p, prior in zip(stack.names, stack.params, stack.memory["prior"], strict=True):
+            if "lora_A" in name:
+                assert prior.item() == pytest.approx(3 * p.shape[1], rel=0.7)  # Kaiming-uniform: 1 / (3 d_in)
+            else:
+                assert prior > 0
+    assert len(view) == 6
+
+
+def test_an_empty_observation_changes_nothing(batch, caplog):
+    model = make_lora_llama(torch.float32)
+    optimizer = create_loko_optimizer(model)
+    run(model, optimizer, [batch])
+    before = AdapterState(model).flatten().clone()
+    run(model, optimizer, [{**batch, "labels": torch.full_like(batch["labels"], -100)}])
+    assert torch.equal(AdapterState(model).flatten(), before)
+    assert "no label" in caplog.text
+
+
+def test_step_size_obeys_the_trust_region(batch):
+    for option, key in (("max_decrease", "decrease"), ("max_kl", "kl")):
+        model = make_lora_llama(torch.float32)
+        options = {"max_decrease": None, "max_kl": None, "prior_tokens": 1e-3} | {option: 1e-4}
+        optimizer = create_loko_optimizer(model, **options)
+        run(model, optimizer, [batch])
+        assert float(optimizer.diagnostics[key]) == pytest.approx(1e-4, rel=1e-3)
+        assert float(optimizer.diagnostics["trust"]) < 1
+
+
+def diagonal_belief(model):
+    view = AdapterState(model)
+    return Belief(
+        view.snapshot(),
+        DiagonalPrecision({k: torch.rand(p.shape, generator=torch.Generator().manual_seed(0)) for k, p in view.parameters().items()}),
+    )  # fmt: skip
+
+
+def test_belief_as_prior_adds_its_share_of_gradient_and_information(batch):
+    def one(belief_strength, mode):
+        model = make_lora_llama(torch.float32)
+        belief = diagonal_belief(model)
+        for p in AdapterState(model).parameters().values():
+            p.data.add_(0.1)
+        optimizer = create_loko_optimizer(
+            model, memory="diagonal", max_decrease=None, belief=belief, belief_strength=belief_strength,
+            belief_mode=mode,
+        )  # fmt: skip
+        before = AdapterState(model).snapshot()
+        run(model, optimizer, [batch])
+        after = AdapterState(model).snapshot()
+        precisions = {n: m for s in optimizer._stacks for n, m in zip(s.names, s.memory["precision"], strict=True)}
+        turned = {n: t for s in optimizer._stacks for n, t in zip(s.names, s.transposed, strict=True)}
+        return belief, before, after, {n: m.mT if turned[n] else m for n, m in precisions.items()}
+
+    tokens = int((batch["labels"][:, 1:] != -100).sum())
+    belief, before, free, plain = one(0.0, "factor")
+    _, _, after, precise = one(3.0, "factor")
+    _, _, penalised, same = one(3.0, "penalty")
+    for k, f in belief.precision.entries.items():
+        torch.testing.assert_close(precise[k], plain[k] + 3.0 * tokens * f)
+        torch.testing.assert_close(same[k], plain[k])
+        score = (free[k] - before[k]) * plain[k]  # g of the likelihood
+        pull = 3.0 * tokens * f * 0.1
+        torch.testing.assert_close(after[k] - before[k], (score - pull) / precise[k], rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(penalised[k] - before[k], (score - pull) / plain[k], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options,match",
+    [
+        ({"memory": "dense"}, "memory must be one of"),
+        ({"rank": 0}, "rank must be"),
+        ({"curvature_every": 0}, "curvature_every must be"),
+        ({"prior_tokens": 0.0}, "prior_tokens must be positive"),
+        ({"prior_tokens": float("nan")}, "prior_tokens must be positive"),
+        ({"forgetting": 0.0}, "forgetting must be in"),
+        ({"process_noise": -1.0}, "process_noise must be"),
+        ({"max_kl": -1.0}, "max_kl must be positive"),
+        ({"tempering": 0.0}, "tempering must be"),
+    ],
+)
+def test_raises_when_an_option_is_out_of_range(options, match):
+    with pytest.raises(ValueError, match=match):
+        create_loko_optimizer(make_lora_llama(), **options)
+
+
+def test_raises_when_nothing_was_observed(batch):
+    optimizer = create_loko_optimizer(make_lora_llama())
+    with pytest.raises(RuntimeError, match="without an observation"):
+        optimizer.step()
+    with pytest.raises(ValueError, match="closure"):
+        optimizer.step(lambda: 0)
+
+
+def test_raises_when_the_model_diverges_and_keeps_the_state(batch):
+    model = make_lora_llama(torch.float32)
+    optimizer = create_loko_optimizer(model)
+    run(model, optimizer, [batch])
+    before, memory = AdapterState(model).flatten().clone(), optimizer._stacks[0].memory["precision"].clone()
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        optimizer.observe(model(input_ids=batch["input_ids"]).logits * float("nan"), batch["labels"])
+    assert torch.equal(AdapterState(model).flatten(), before)
+    assert torch.equal(optimizer._stacks[0].memory["precision"], memory)
+
+
+def test_raises_when_checkpointing_is_reentrant(batch):
+    model = make_lora_llama().train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    optimizer = create_loko_optimizer(model)
+    with pytest.raises(ValueError, match="use_reentrant"):
+        optimizer.observe(model(input_ids=batch["input_ids"]).logits, batch["labels"])
+
+
+def test_raises_when_the_saved_filter_does_not_fit():
+    saved = create_loko_optimizer(make_lora_llama(r=2)).state_dict()
+    with pytest.raises(ValueError, match="another shape"):
+        create_loko_optimizer(make_lora_llama(r=3)).load_state_dict(saved)
+    with pytest.raises(ValueError, match="memory 'kronecker' of rank 16"):
+        create_loko_optimizer(make_lora_llama(r=2), memory="diagonal").load_state_dict(saved)
+
+
+def test_raises_without_a_trainable_parameter():
+    model = make_lora_llama()
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        create_loko_optimizer(model)
+
+
+def test_raises_when_the_model_is_no_peft_model():
+    with pytest.raises(TypeError, match="PeftModel"):
+        create_loko_optimizer(nn.Linear(2, 2))
+
+
+def test_learning_rate_scales_the_step_and_schedulers_act(batch):
+    model = make_lora_llama(torch.float32)
+    optimizer = create_loko_optimizer(model)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)
+    before = AdapterState(model).flatten().clone()
+    run(model, optimizer, [batch])
+    scheduler.step()
+    assert torch.equal(AdapterState(model).flatten(), before)
