@@ -1,0 +1,64 @@
+"""Two gloo processes give the single-process answer."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+
+WORKER = str(Path(__file__).with_name("worker.py"))
+TASKS = "curvature,adamw,adamw_accumulated,budget,loko,loko_accumulated"
+
+
+def launch(tasks, out, processes):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    done = subprocess.run(
+        [*command, WORKER, tasks, str(out)], env=environment, capture_output=True, text=True, timeout=400, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    out = tmp_path_factory.mktemp("two")
+    launch(TASKS + ",failure,loko_draws", out, 2)
+    launch(TASKS, out, 1)
+
+    def read(task, size, rank):
+        result = torch.load(out / f"{task}-{size}-{rank}.pt")
+        assert result.pop("world_size") == size
+        return result
+
+    return read
+
+
+@pytest.mark.parametrize("task", TASKS.split(","))
+def test_two_processes_equal_one(results, task):
+    one, first, second = results(task, 1, 0), results(task, 2, 0), results(task, 2, 1)
+    assert one.keys() == first.keys()
+    tolerance = {"rtol": 1e-8, "atol": 1e-10} if task == "curvature" else {"rtol": 2e-4, "atol": 2e-6}
+    for key, value in one.items():
+        torch.testing.assert_close(first[key], value, **tolerance, msg=lambda m, k=key: f"{k}: {m}")
+        if key != "losses":
+            torch.testing.assert_close(second[key], first[key], rtol=0, atol=0)
+
+
+def test_filters_of_all_processes_stay_identical(results):
+    first, second = results("loko_draws", 2, 0), results("loko_draws", 2, 1)
+    for key, value in first.items():
+        assert torch.equal(value, second[key]), key
+
+
+def test_a_failure_on_one_process_is_raised_on_all(results):
+    messages = []
+    for rank in (0, 1):
+        result = results("failure", 2, rank)
+        assert result["raised"] == 1
+        messages.append(bytes(int(b) for b in result["message"]).decode())
+    assert "another process" in messages[0] and "outside the 17 classes" in messages[1]
