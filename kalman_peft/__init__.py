@@ -24,7 +24,22 @@ _MODULE_OF = {
     "estimate_curvature": "curvature",
 }
 
-__all__ = ["__version__", *_MODULE_OF]
+__all__ = [
+    "__version__",
+    *_MODULE_OF,
+    "AdapterState",
+    "Belief",
+    "BeliefError",
+    "LaplaceCallback",
+    "KalmanConfig",
+    "estimate_curvature",
+    "ForgettingBudget",
+    "LoKO",
+    "create_loko_optimizer",
+    "CategoricalObservation",
+    "KalmanMixin",
+    "KalmanTrainer",
+]
 
 if TYPE_CHECKING:
     from .adapters import AdapterState

@@ -6,6 +6,7 @@ The state of every filter in this library is the list of LoRA factors A (r, d_in
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,22 +36,27 @@ class LoraPair:
 
     @property
     def key_a(self) -> str:
+        """State key of A."""
         return self.name + A_SUFFIX
 
     @property
     def key_b(self) -> str:
+        """State key of B."""
         return self.name + B_SUFFIX
 
     @property
     def a(self) -> nn.Parameter:
+        """A, shape (r, d_in)."""
         return self.linear_a.weight  # type: ignore[return-value]
 
     @property
     def b(self) -> nn.Parameter:
+        """B, shape (d_out, r)."""
         return self.linear_b.weight  # type: ignore[return-value]
 
     @property
     def rank(self) -> int:
+        """r."""
         return self.a.shape[0]
 
 
@@ -80,7 +86,7 @@ class AdapterState:
     """
 
     def __init__(self, model: nn.Module, adapter_name: str | None = None, *, warn_excluded: bool = True):
-        peft_model = unwrap(model)
+        peft_model: Any = unwrap(model)
         self.model = peft_model
         self.adapter_name = _resolve_adapter(peft_model, adapter_name)
         self.config = peft_model.peft_config[self.adapter_name]

@@ -136,7 +136,7 @@ class Belief:
         for key, p in parameters.items():
             if p.shape != self.mean[key].shape:
                 raise BeliefError(
-                    f"{key} has shape {tuple(p.shape)} in the adapter but {tuple(self.mean[key].shape)} in the belief; "
+                    f"{key} has shape {tuple(p.shape)} in the adapter, {tuple(self.mean[key].shape)} in the belief; "
                     "use the rank `r` it was made with."
                 )
         if self.precision.space == "delta_w":
@@ -152,9 +152,9 @@ class Belief:
             a, b = mine["base_fingerprint"], theirs["base_fingerprint"]
             if a and b and a != b:
                 raise BeliefError(
-                    f"The belief was made on base model {mine['base_model']!r} (fingerprint {a[:12]}), but this model's "
-                    f"base weights differ ({theirs['base_model']!r}, {b[:12]}). Load that base model, or fit a new "
-                    "belief."
+                    f"The belief was made on base model {mine['base_model']!r} (fingerprint {a[:12]}), but "
+                    f"this model's base weights differ ({theirs['base_model']!r}, {b[:12]}). Load that base model, or "
+                    "fit a new belief."
                 )
         return state
 
@@ -184,7 +184,9 @@ class Belief:
             **self.info,
         }
         _atomically(folder / BELIEF_WEIGHTS, lambda p: save_file(tensors, p, {"fingerprint": fingerprint}))
-        _atomically(folder / BELIEF_CONFIG, lambda p: p.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n"))
+        _atomically(
+            folder / BELIEF_CONFIG, lambda p: p.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        )
 
     @classmethod
     def from_pretrained(
@@ -222,9 +224,11 @@ class Belief:
         try:
             with safe_open(weights, framework="pt", device=str(device)) as file:
                 stored = (file.metadata() or {}).get("fingerprint")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
         except (SafetensorError, OSError) as error:
-            raise BeliefError(f"{weights} cannot be read; it is truncated or no safetensors file ({error}).") from error
+            raise BeliefError(
+                f"{weights} cannot be read; it is truncated or no safetensors file ({error})."
+            ) from error
         if not stored == expected == _fingerprint(tensors):
             raise BeliefError(
                 f"{weights} does not belong to {config_file}: fingerprints differ. Copy both files from one save."
@@ -234,7 +238,9 @@ class Belief:
         try:
             precision = precision_from_tensors(structure, space, rest)
         except (KeyError, ValueError) as error:
-            raise BeliefError(f"{weights} holds no complete {structure} precision in {space} space: {error}") from error
+            raise BeliefError(
+                f"{weights} holds no complete {structure} precision in {space} space: {error}"
+            ) from error
         return cls(mean, precision, config)
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -300,7 +306,9 @@ def _locate(pretrained: str | os.PathLike, revision: str | None, token: str | bo
         raise FileNotFoundError(f"{folder} is no folder.")
     from huggingface_hub import hf_hub_download
 
-    paths = (hf_hub_download(str(pretrained), n, revision=revision, token=token) for n in (BELIEF_WEIGHTS, BELIEF_CONFIG))
+    paths = (
+        hf_hub_download(str(pretrained), n, revision=revision, token=token) for n in (BELIEF_WEIGHTS, BELIEF_CONFIG)
+    )
     weights, config = map(Path, paths)
     return weights, config
 

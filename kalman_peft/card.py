@@ -22,7 +22,10 @@ def write_model_card(
 
     own = ["kalman_peft", "lora", *(getattr(trainer.model, "model_tags", None) or [])]
     own += [tags] if isinstance(tags, str) else list(tags or [])
-    base = kwargs.get("finetuned_from") or trainer.model.peft_config[trainer.model.active_adapters[0]].base_model_name_or_path
+    base = (
+        kwargs.get("finetuned_from")
+        or trainer.model.peft_config[trainer.model.active_adapters[0]].base_model_name_or_path
+    )
     data = ModelCardData(
         language=args[0] if args else kwargs.get("language"),
         license=kwargs.get("license"),
@@ -39,7 +42,9 @@ def write_model_card(
         template_path=template,
         model_name=kwargs.get("model_name") or arguments.output_dir.rstrip("/").split("/")[-1],
         base=base,
-        optimizer="LoKO (Kalman filter)" if arguments.uses_loko else str(getattr(arguments.optim, "value", arguments.optim)),
+        optimizer="LoKO (Kalman filter)"
+        if arguments.uses_loko
+        else str(getattr(arguments.optim, "value", arguments.optim)),
         uses_loko=arguments.uses_loko,
         learning_rate=arguments.learning_rate,
         batch=arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
@@ -49,7 +54,9 @@ def write_model_card(
         budget=arguments.forgetting_budget,
         form=arguments.laplace_form,
         source={k.removeprefix("source/"): v for k, v in trainer._source_metrics().items()},
-        lora=json.dumps({n: getattr(trainer.model.peft_config[trainer.model.active_adapters[0]], n) for n in ("r", "lora_alpha")}),
+        lora=json.dumps(
+            {n: getattr(trainer.model.peft_config[trainer.model.active_adapters[0]], n) for n in ("r", "lora_alpha")}
+        ),
         results=results,
     )
     card.save(path)

@@ -1,5 +1,6 @@
 """KalmanConfig: TrainingArguments plus what the belief and the Kalman optimizer need."""
 
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,8 +102,8 @@ class KalmanArguments:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}.")
         if self.forgetting_budget is not None and self.laplace_strength is not None:
             raise ValueError(
-                "Give laplace_strength (a fixed weight) or forgetting_budget (which chooses the weight), not both; got "
-                f"{self.laplace_strength} and {self.forgetting_budget}."
+                "Give laplace_strength (a fixed weight) or forgetting_budget (which chooses the weight), not both; "
+                f"got {self.laplace_strength} and {self.forgetting_budget}."
             )
         if self.forgetting_budget is not None and self.source_heldout < 1:
             raise ValueError("forgetting_budget measures the source loss and needs source_heldout >= 1.")
@@ -110,8 +111,8 @@ class KalmanArguments:
             raise ValueError("source_samples and budget_steps must be >= 1, and source_heldout >= 0.")
         if self.uses_loko and self.laplace_form != "gradient":
             raise ValueError(
-                f"laplace_form={self.laplace_form!r} goes with optimizers that follow `.grad`; LoKO takes the belief as "
-                "its prior (see loko_belief_mode)."
+                f"laplace_form={self.laplace_form!r} goes with optimizers that follow `.grad`; LoKO takes the belief "
+                "as its prior (see loko_belief_mode)."
             )
 
     @property
@@ -178,7 +179,8 @@ class KalmanConfig(KalmanArguments, TrainingArguments):
             if value != allowed:
                 raise ValueError(f"{name}={value} is not supported with optimizer='loko': {remedy}.")
         if self.gradient_checkpointing:
-            chosen = dict(self.gradient_checkpointing_kwargs or {})
+            given = self.gradient_checkpointing_kwargs or {}
+            chosen: dict[str, Any] = json.loads(given) if isinstance(given, str) else dict(given)
             if chosen.setdefault("use_reentrant", False):
                 raise ValueError(
                     "optimizer='loko' does not support reentrant gradient checkpointing; set "

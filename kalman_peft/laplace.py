@@ -1,7 +1,7 @@
 """LaLoRA's second stage: the Laplace penalty strength * R on an adapter that is being trained.
 
-L(theta) = L_target(theta) + strength * R(theta), R the energy of a [`Belief`]. With strength 1 a source token weighs as
-much as a target token: R estimates the rise of the source loss in nats per token.
+L(theta) = L_target(theta) + strength * R(theta), R the energy of a [`Belief`]. With strength 1 a source token weighs
+as much as a target token: R estimates the rise of the source loss in nats per token.
 """
 
 import math

@@ -66,7 +66,8 @@ class LoKO(torch.optim.Optimizer):
         forgetting (`float`, *optional*, defaults to 1.0):
             Factor in (0, 1] on what was learned, per step; 1 forgets nothing, below 1 relaxes towards the prior.
         process_noise (`float`, *optional*, defaults to 0.0): Variance added to every weight, per step.
-        max_decrease (`float`, *optional*): Trust region: largest predicted decrease of the loss per step, g^T step, in nats per token.
+        max_decrease (`float`, *optional*, defaults to 0.5):
+            Trust region: largest predicted decrease of the loss per step, g^T step, in nats per token.
         max_kl (`float`, *optional*):
             Trust region: largest KL divergence of the step under the information gathered so far, in nats per token.
         seed (`int`, *optional*, defaults to 0): Of the label draws.
@@ -242,7 +243,8 @@ class LoKO(torch.optim.Optimizer):
             self._settle_priors(draws, count)
         temper = group["tempering"]
         pull = self._prior_pull(count)
-        steps, decrease, energy, innovation, trace = [], 0.0, 0.0, 0.0, 0.0
+        steps = []
+        decrease, energy, innovation, trace = (scores[0].new_zeros(()) for _ in range(4))
         for j, stack in enumerate(self._stacks):
             memory = stack.memory
             stack.kind.predict(memory, group["forgetting"], group["process_noise"])
@@ -280,7 +282,7 @@ class LoKO(torch.optim.Optimizer):
             }
         )
         if drew:  # g^T P g against its expectation under the model, which one draw estimates
-            self.diagnostics["innovation"] = decrease / innovation.clamp_min(1e-30)  # type: ignore[union-attr]
+            self.diagnostics["innovation"] = decrease / innovation.clamp_min(1e-30)
 
     def _settle_priors(self, draws: list[Tensor], count: float) -> None:
         """Unit-information priors from the first draw: prior_tokens * mean Fisher of the matrix per token."""
@@ -376,7 +378,10 @@ class LoKO(torch.optim.Optimizer):
                 for j, p in enumerate(stack.params):
                     value = entries[id(p)].get(key)
                     if value is None or value.shape != tensor[j].shape:
-                        raise ValueError(f"The saved filter does not fit: {key!r} of {stack.names[j]} is missing or of another shape.")
+                        raise ValueError(
+                            f"The saved filter does not fit: {key!r} of {stack.names[j]} is missing or of another "
+                            "shape."
+                        )
         for stack in self._stacks:
             for key, tensor in stack.memory.items():
                 tensor.copy_(torch.stack([entries[id(p)][key].to(tensor) for p in stack.params]))
@@ -476,9 +481,7 @@ def create_loko_optimizer(
             named.append((key, p))
             spread = float(p.detach().float().square().mean()) if id(p) in random_start else 0.0
             prior[key] = 1 / spread if spread > 0 else None
-    optimizer = LoKO(
-        named, observation or infer_observation(state.model), prior_precision=prior, **options
-    )
+    optimizer = LoKO(named, observation or infer_observation(state.model), prior_precision=prior, **options)
     if belief is not None:
         optimizer.set_belief(belief, belief_strength, belief_mode)
     return optimizer

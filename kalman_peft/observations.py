@@ -81,7 +81,8 @@ def infer_observation(model: nn.Module) -> CategoricalObservation:
     Raises:
         ValueError: The task is neither, or the classification head is a regression.
     """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    wrapped: Any = model
+    base = wrapped.get_base_model() if hasattr(model, "get_base_model") else wrapped
     name = type(base).__name__
     config = getattr(base, "config", None)
     if name.endswith(("ForCausalLM", "LMHeadModel")):

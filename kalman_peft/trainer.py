@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,10 @@ DEFAULT_STRENGTH = 100.0
 STATE_FILE = "kalman_state.json"
 
 
-class KalmanMixin:
+_TrainerBase = Trainer if TYPE_CHECKING else object  # a mixin: the Trainer comes after it
+
+
+class KalmanMixin(_TrainerBase):
     """Goes before any Trainer class: `class MyTrainer(KalmanMixin, Seq2SeqTrainer)`.
 
     With a source dataset it fits a belief before training, keeps the adapter close to it while any optimizer trains,
@@ -53,6 +56,7 @@ class KalmanMixin:
 
     args: Any
     model: Any
+    optimizer: Any
 
     def __init__(
         self,
@@ -67,7 +71,7 @@ class KalmanMixin:
         if not isinstance(args, KalmanArguments):
             raise TypeError(f"args must be a KalmanConfig, got {type(args).__name__}.")
         if peft_config is not None:
-            model = _with_adapter(model, peft_config, args.seed)
+            model = _with_adapter(model, peft_config, getattr(args, "seed", 42))
         self.belief = belief
         self._source_fit, self._source_heldout = _split_source(source_dataset, args, belief)
         if belief is None and source_dataset is None:
@@ -87,7 +91,7 @@ class KalmanMixin:
             raise ValueError("optimizer='loko' and `optimizers=` exclude each other.")
         if args.uses_loko and kwargs.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func is not supported with optimizer='loko': it observes the labels.")
-        super().__init__(model, args, *posargs, **kwargs)
+        super().__init__(model, cast(Any, args), *posargs, **kwargs)
         if args.uses_loko or self._has_source:
             refuse_scaled_or_sharded(self.args, type(self).__name__)
             if self.args.n_gpu > 1:
@@ -116,7 +120,7 @@ class KalmanMixin:
         if checkpoint is True:
             checkpoint = get_last_checkpoint(self.args.output_dir)
         self._prepare_belief(Path(checkpoint) if checkpoint else None)
-        output = super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
         if self._source_heldout is not None:
             self._measure_source()
             self.log(self._source_metrics())
@@ -129,7 +133,9 @@ class KalmanMixin:
         if checkpoint is not None and (checkpoint / BELIEF_CONFIG).is_file():
             self.belief = Belief.from_pretrained(checkpoint, device=device)
         elif self.belief is None:
-            options = {name: getattr(self.args, f"laplace_{name}") for name in ("structure", "space", "fisher", "rank")}
+            options = {
+                name: getattr(self.args, f"laplace_{name}") for name in ("structure", "space", "fisher", "rank")
+            }
             self.belief = Belief.fit(
                 self.model,
                 self._source_dataloader(self._source_fit),
@@ -150,7 +156,7 @@ class KalmanMixin:
         self._apply_strength(self.laplace_strength)
 
     def _source_dataloader(self, dataset: Any) -> DataLoader:
-        prepared = dataset
+        prepared: Any = dataset
         if hasattr(dataset, "column_names"):
             prepared = self._remove_unused_columns(dataset, description="source")
         return DataLoader(
@@ -220,7 +226,7 @@ class KalmanMixin:
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """LoKO if `args.optimizer` says so, else the Trainer's choice."""
         if not self.args.uses_loko:
-            return super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+            return super().create_optimizer(*args, **kwargs)
         if self.optimizer is None:
             options = self.args.loko_options()
             if self.belief is not None:
@@ -251,7 +257,7 @@ class KalmanMixin:
             self._follow_budget()
         optimizer = self._kalman
         if optimizer is None:
-            return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+            return super().training_step(model, inputs, num_items_in_batch)
         model.train()
         inputs = self._prepare_inputs(inputs)
         if "labels" not in inputs:
@@ -277,7 +283,7 @@ class KalmanMixin:
         """
         if "loss" in logs:
             logs = {**logs, **self._kalman_metrics()}
-        super().log(logs, start_time)  # type: ignore[misc]
+        super().log(logs, start_time)
 
     def _kalman_metrics(self) -> dict[str, float]:
         metrics = self._laplace.metrics() if self._laplace is not None else {}
@@ -295,7 +301,7 @@ class KalmanMixin:
         return metrics | (self._source_metrics() if self._budget is not None else {})
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)  # type: ignore[misc]
+        super()._save(output_dir, state_dict)
         if self.args.should_save and self._has_source and self.belief is not None:
             folder = Path(output_dir or self.args.output_dir)
             self.belief.save_pretrained(folder)

@@ -50,13 +50,19 @@ def test_energy_is_zero_at_the_mean_and_follows_the_source_loss():
     model, belief = fitted(make_lora_llama(torch.float64), structure="diagonal", space="adapter", num_samples=400)
     batch = make_batch()
     state = AdapterState(model)
-    torch.testing.assert_close(belief.energy(state.parameters()), torch.zeros((), dtype=torch.float64), atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        belief.energy(state.parameters()), torch.zeros((), dtype=torch.float64), atol=1e-12, rtol=0
+    )
     model.eval()
     keep = batch["labels"][:, 1:] != -100
 
     def log_p():
         with torch.no_grad():
-            return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1][keep].log_softmax(-1)
+            return (
+                model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+                .logits[:, :-1][keep]
+                .log_softmax(-1)
+            )
 
     before = log_p()
     key = state.pairs[0].key_b  # one weight at a time: the diagonal is then the whole matrix

@@ -80,7 +80,9 @@ def exact_fisher_diagonal(model, batch):
     basis = torch.eye(n * v, dtype=log_p.dtype).view(n * v, n, v)
     jacobian = torch.autograd.grad(log_p, list(state.parameters().values()), basis, is_grads_batched=True)
     p = log_p.detach().exp().reshape(-1)
-    return {k: torch.einsum("n,n...->...", p, j.square()) / n for k, j in zip(state.parameters(), jacobian, strict=True)}
+    return {
+        k: torch.einsum("n,n...->...", p, j.square()) / n for k, j in zip(state.parameters(), jacobian, strict=True)
+    }
 
 
 def test_diagonal_sampled_converges_to_exact_gauss_newton():
@@ -186,15 +188,15 @@ class TestInvariances:
     def test_sdpa_equals_eager_and_dropout_is_off(self, structure, space, batch):
         eager = run_empirical(make_lora_llama(), [batch], structure, space)
         sdpa = make_lora_llama(attn="sdpa", lora_dropout=0.5, model_overrides={"attention_dropout": 0.5}).train()
-        assert_same(eager, run_empirical(sdpa, [batch], structure, space), rtol=1e-3, atol=1e-6)  # eager's softmax is float32
+        assert_same(
+            eager, run_empirical(sdpa, [batch], structure, space), rtol=1e-3, atol=1e-6
+        )  # eager's softmax is float32
 
     def test_bf16_autocast_stays_close_and_sums_in_float32(self, structure, space, batch):
         model = make_lora_llama(torch.float32, attn="sdpa")
         reference = run_empirical(model, [batch], structure, space)
         with torch.autocast("cpu", torch.bfloat16):
-            precision, _ = estimate_curvature(
-                model, [batch], structure, "empirical", space=space, progress_bar=False
-            )
+            precision, _ = estimate_curvature(model, [batch], structure, "empirical", space=space, progress_bar=False)
         mixed = dense_sides(precision)
         assert all(v.dtype == torch.float32 for v in mixed.values())
         error = sum((mixed[k] - v).square().sum() for k, v in reference.items())

@@ -120,7 +120,11 @@ def test_process_noise_adds_to_the_covariance_and_forgetting_relaxes_to_the_prio
 
 def test_predict_without_noise_is_the_identity():
     for kind in (KroneckerMemory, DiagonalMemory):
-        memory = new_memory(3, 6, 6) if kind is KroneckerMemory else DiagonalMemory.create(torch.Size((1, 4)), torch.zeros(()))
+        memory = (
+            new_memory(3, 6, 6)
+            if kind is KroneckerMemory
+            else DiagonalMemory.create(torch.Size((1, 4)), torch.zeros(()))
+        )
         before = {k: v.clone() for k, v in memory.items()}
         kind.predict(memory, 1.0, 0.0)
         assert all(torch.equal(memory[k], v) for k, v in before.items())

@@ -56,9 +56,7 @@ def reference_energy(dense, state, mean, model):
     if next(iter(dense)).endswith(".weight"):
         offsets = {n: state[n] - mean[n] for n in dense}
     else:
-        offsets = {
-            p.name: p.scaling * (state[p.key_b] @ state[p.key_a] - mean[p.key_b] @ mean[p.key_a]) for p in view
-        }
+        offsets = {p.name: p.scaling * (state[p.key_b] @ state[p.key_a] - mean[p.key_b] @ mean[p.key_a]) for p in view}
     return sum(o.reshape(-1) @ dense[n] @ o.reshape(-1) for n, o in offsets.items()) / 2
 
 
@@ -104,7 +102,7 @@ def test_energy_gradient_and_gauss_newton_diagonal(structure, space, rank, zero_
 @pytest.mark.parametrize("zero_start", [True, False])
 def test_proximal_solves_its_stationarity_condition(structure, space, rank, zero_start):
     model = make_lora_llama(random_b=not zero_start)
-    precision, dense = make(structure, space, model, rank)
+    precision, _ = make(structure, space, model, rank)
     view = AdapterState(model)
     mean = view.tensors()
     mean = {k: v.clone() for k, v in mean.items()}
@@ -126,7 +124,9 @@ def test_proximal_solves_its_stationarity_condition(structure, space, rank, zero
             torch.testing.assert_close(new[k] + step * gradient[k], start[k])
 
 
-@pytest.mark.parametrize("structure,space", [("diagonal", "adapter"), ("kronecker", "adapter"), ("kronecker", "delta_w")])
+@pytest.mark.parametrize(
+    "structure,space", [("diagonal", "adapter"), ("kronecker", "adapter"), ("kronecker", "delta_w")]
+)
 def test_proximal_limits(structure, space):
     model = make_lora_llama(random_b=False)
     precision, _ = make(structure, space, model)

@@ -26,7 +26,9 @@ def dataset(n=12, seed=0, prompt=2):
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for _ in range(n):
-        ids = torch.randint(3, 17, (int(torch.randint(4, 9, (1,), generator=generator)),), generator=generator).tolist()
+        ids = torch.randint(
+            3, 17, (int(torch.randint(4, 9, (1,), generator=generator)),), generator=generator
+        ).tolist()
         rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [-100] * prompt + ids[prompt:]})
     return Dataset.from_list(rows)
 
@@ -163,7 +165,12 @@ def test_regulariser_reduces_the_rise_of_the_source_loss(tmp_path, tokenizer):
     rises = []
     for strength in (0.0, 300.0):
         run = trainer(
-            tmp_path / str(strength), tokenizer, source=source, laplace_strength=strength, max_steps=40, source_heldout=16,
+            tmp_path / str(strength),
+            tokenizer,
+            source=source,
+            laplace_strength=strength,
+            max_steps=40,
+            source_heldout=16,
             learning_rate=3e-2,
         )
         run.train()
@@ -243,7 +250,10 @@ def test_peft_config_and_gradient_checkpointing(tmp_path, tokenizer):
 
 
 def test_sequence_classification(tmp_path, tokenizer):
-    rows = [{"input_ids": r["input_ids"], "attention_mask": r["attention_mask"], "labels": i % 3} for i, r in enumerate(dataset(16))]
+    rows = [
+        {"input_ids": r["input_ids"], "attention_mask": r["attention_mask"], "labels": i % 3}
+        for i, r in enumerate(dataset(16))
+    ]
     from transformers import DataCollatorWithPadding
 
     run = KalmanTrainer(
@@ -302,7 +312,9 @@ def test_raises_when_the_callback_meets_fp16(tmp_path):
         callback.on_train_begin(SimpleNamespace(fp16=True), None, None, model=model)
 
 
-@pytest.mark.parametrize("kwargs,match", [({"strength": -1.0}, "strength must be"), ({"form": "loss"}, "form must be")])
+@pytest.mark.parametrize(
+    "kwargs,match", [({"strength": -1.0}, "strength must be"), ({"form": "loss"}, "form must be")]
+)
 def test_raises_when_the_callback_is_misconfigured(kwargs, match):
     belief = Belief.fit(make_lora_llama(torch.float32), [make_batch()], progress_bar=False)
     with pytest.raises(ValueError, match=match):

@@ -64,7 +64,9 @@ class DiagonalAccumulator(Accumulator):
 
     def __init__(self, state: AdapterState, weight: float = 1.0):
         super().__init__(state, weight)
-        self.entries = {k: torch.zeros(p.shape, dtype=self.dtype, device=p.device) for k, p in state.parameters().items()}
+        self.entries = {
+            k: torch.zeros(p.shape, dtype=self.dtype, device=p.device) for k, p in state.parameters().items()
+        }
 
     def handle(self, index: int, side: Side, inputs: Tensor, grads: Tensor) -> None:
         """See `Accumulator.handle`."""

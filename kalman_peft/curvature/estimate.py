@@ -93,13 +93,13 @@ def estimate_curvature(
     size = accumulator_bytes(state, structure, space, rank, dense_limit)
     message = f"Curvature sums ({structure}, {space}) take {size / 2**20:.0f} MiB."
     if size > _WARN_BYTES:
-        warnings.warn(f"{message} structure='kronecker' with a smaller `dense_limit` and `rank` takes less.", stacklevel=2)
+        warnings.warn(
+            f"{message} structure='kronecker' with a smaller `dense_limit` and `rank` takes less.", stacklevel=2
+        )
     else:
         logger.info(message)
 
-    accumulator = make_accumulator(
-        state, structure, space, weight=1 / num_samples, rank=rank, dense_limit=dense_limit
-    )
+    accumulator = make_accumulator(state, structure, space, weight=1 / num_samples, rank=rank, dense_limit=dense_limit)
     device = state.pairs[0].a.device
     counts = torch.zeros(3, dtype=torch.float64)  # tokens, sequences, batches
     process, processes = world()

@@ -73,9 +73,7 @@ class DeltaDiagonalPrecision(Precision):
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
         """See `Precision.from_tensors`."""
         names = [k.removesuffix(":diagonal") for k in tensors if k.endswith(":diagonal")]
-        return cls(
-            {n: tensors[f"{n}:diagonal"] for n in names}, {n: tensors[f"{n}:scaling"].item() for n in names}
-        )
+        return cls({n: tensors[f"{n}:diagonal"] for n in names}, {n: tensors[f"{n}:scaling"].item() for n in names})
 
     def to(self, device: torch.device | str) -> Self:
         """See `Precision.to`."""

@@ -66,7 +66,11 @@ class DeltaKroneckerPrecision(Precision):
         return new
 
     def _layers(self, state: State) -> Iterator[tuple[list[str], EigenFactor, EigenFactor, Tensor, Tensor, Tensor]]:
-        """Layers of equal shape and rank: (names, G, S, s^2 as (n, 1, 1), A as (n, r, d_in), B as (n, d_out, r))."""
+        """Walk over stacks of layers of equal shape and rank.
+
+        Yields:
+            tuple: names, G, S, s^2 as (n, 1, 1), A as (n, r, d_in), B as (n, d_out, r).
+        """
         for (names, g, s), square in zip(self.blocks.groups, self._squares, strict=True):
             by_rank: dict[int, list[int]] = {}
             for j, name in enumerate(names):

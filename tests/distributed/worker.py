@@ -9,12 +9,12 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from conftest import make_batch, make_lora_llama  # noqa: E402
-from datasets import Dataset  # noqa: E402
-from transformers import default_data_collator  # noqa: E402
+from conftest import make_batch, make_lora_llama
+from datasets import Dataset
+from transformers import default_data_collator
 
-from kalman_peft import AdapterState, Belief, KalmanConfig, KalmanTrainer, create_loko_optimizer  # noqa: E402
-from kalman_peft.distributed import world  # noqa: E402
+from kalman_peft import AdapterState, Belief, KalmanConfig, KalmanTrainer, create_loko_optimizer
+from kalman_peft.distributed import world
 
 
 def loader():

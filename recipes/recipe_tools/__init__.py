@@ -1,0 +1,6 @@
+"""Data, evaluation and reports shared by the recipes; nothing here is imported by `kalman_peft` itself.
+
+Modules: `offline` (files of PyPI packages), `targets` and `sources` (data to learn and to keep), `choices` (multiple
+choice), `encoding` (text to labels), `evaluate` (losses, choices, KL), `answers` (final answers), `report` (JSON),
+`tables` and `plots`.
+"""
