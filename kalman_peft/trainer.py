@@ -283,6 +283,8 @@ class KalmanMixin(_TrainerBase):
         """
         if "loss" in logs:
             logs = {**logs, **self._kalman_metrics()}
+            if self.args.uses_loko:  # `.grad` is not used, so that its norm would read 0
+                logs.pop("grad_norm", None)
         super().log(logs, start_time)
 
     def _kalman_metrics(self) -> dict[str, float]:
