@@ -14,7 +14,7 @@ mean Fisher of that matrix per token.
 import logging
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MEMORIES = ("kronecker", "diagonal")
+_TINY = 1e-30
 
 
 class LoKO(torch.optim.Optimizer):
@@ -68,6 +69,9 @@ class LoKO(torch.optim.Optimizer):
         process_noise (`float`, *optional*, defaults to 0.0): Variance added to every weight, per step.
         max_decrease (`float`, *optional*, defaults to 0.5):
             Trust region: largest predicted decrease of the loss per step, g^T step, in nats per token.
+        trust_decay (`float`, *optional*, defaults to 0.0):
+            Power with which `max_decrease` shrinks as n_0 / (n_0 + tokens seen), n_0 = `prior_tokens`: with 1 it
+            follows the filter's own gain, with 0 it stays.
         max_kl (`float`, *optional*):
             Trust region: largest KL divergence of the step under the information gathered so far, in nats per token.
         seed (`int`, *optional*, defaults to 0): Of the label draws.
@@ -85,12 +89,14 @@ class LoKO(torch.optim.Optimizer):
         rank: int = 16,
         dense_limit: int = 128,
         curvature_every: int = 1,
+        first_draws: int = 0,
         prior_tokens: float | None = None,
         prior_precision: dict[str, float | None] | None = None,
         tempering: float = 1.0,
         forgetting: float = 1.0,
         process_noise: float = 0.0,
         max_decrease: float | None = 0.5,
+        trust_decay: float = 0.0,
         max_kl: float | None = None,
         seed: int = 0,
     ):
@@ -113,9 +119,12 @@ class LoKO(torch.optim.Optimizer):
             "forgetting": forgetting,
             "process_noise": process_noise,
             "max_decrease": max_decrease,
+            "trust_decay": trust_decay,
             "max_kl": max_kl,
             "prior_tokens": prior_tokens,
             "curvature_every": curvature_every,
+            "first_draws": first_draws,
+            "settled": False,
             "memory": memory,
             "rank": rank,
             "seed": seed,
@@ -129,12 +138,11 @@ class LoKO(torch.optim.Optimizer):
         self._stacks = _plan(self.param_groups[0], memory, dense_limit)
         prior_precision = prior_precision or {}
         for stack in self._stacks:
-            own = [prior_precision.get(name) for name in stack.names]
-            for p, value in zip(stack.params, own, strict=True):
-                self.state[p]["prior_known"] = torch.tensor(0.0 if value is None else 1.0)
-            memory_state = stack.create(rank)
-            stack.set_prior(memory_state, torch.tensor([v or 0.0 for v in own]).to(stack.like))
+            memory_state = stack.create(rank)  # a prior of 0 stands for one that the first draw will settle
+            own = torch.tensor([prior_precision.get(name) or 0.0 for name in stack.names])
+            stack.set_prior(memory_state, own.to(stack.like))
             self._adopt(stack, memory_state)
+        self.param_groups[0]["settled"] = all(bool((stack.memory["prior"] > 0).all()) for stack in self._stacks)
         self._belief: tuple[Belief, str, float] | None = None
         self._clear()
 
@@ -144,7 +152,17 @@ class LoKO(torch.optim.Optimizer):
     def draws_curvature(self) -> bool:
         """Whether the coming step samples labels, with one more backward pass."""
         group = self.param_groups[0]
-        return group["steps"] % group["curvature_every"] == 0
+        return not group["settled"] or self._is_drawing(group["steps"])
+
+    def _is_drawing(self, step: int) -> bool:
+        group = self.param_groups[0]
+        return step < group["first_draws"] or step % group["curvature_every"] == 0
+
+    def _interval(self) -> int:
+        """Steps that a draw at the step just counted stands for: until the next one."""
+        group = self.param_groups[0]
+        step = group["steps"] - 1
+        return next(n for n in range(1, group["curvature_every"] + 1) if self._is_drawing(step + n))
 
     def observe(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Take the scores of a batch, by one or two backward passes through `logits`; calls accumulate until `step`.
@@ -237,71 +255,83 @@ class LoKO(torch.optim.Optimizer):
             return
         if not all(torch.isfinite(t.sum()) for t in (*scores, *draws)):
             raise ValueError("Scores contain NaN or Inf; the step is not taken and the belief is as before it.")
-        group["tokens"] += count
+        group["tokens"] = group["forgetting"] * group["tokens"] + count
         if drew:
             group["draws"] += 1
             self._settle_priors(draws, count)
-        temper = group["tempering"]
-        pull = self._prior_pull(count)
+        self._update(scores, draws, count, self._prior_pull(count))
+        self.diagnostics["loss"] = loss / count
+
+    def _update(self, scores: list[Tensor], draws: list[Tensor], count: float, pull: "_Pull | None") -> None:
+        """Predict, take in what was observed, and move the weights by the gain within the trust region."""
+        group = self.param_groups[0]
+        temper, interval = group["tempering"], self._interval()
+        total = {name: scores[0].new_zeros(()) for name in ("decrease", "energy", "trace", "innovation", "expected")}
         steps = []
-        decrease, energy, innovation, trace = (scores[0].new_zeros(()) for _ in range(4))
         for j, stack in enumerate(self._stacks):
-            memory = stack.memory
+            memory, score = stack.memory, temper * scores[j]
             stack.kind.predict(memory, group["forgetting"], group["process_noise"])
-            score = scores[j].mul_(temper)
-            if drew:
-                stack.kind.update(memory, draws[j][None], temper * group["curvature_every"])
+            if draws:
+                stack.kind.update(memory, draws[j][None], temper * interval)
             if pull is not None:
-                gradient, information = pull
-                score = score - stack.gather([gradient.get(n) for n in stack.names])
-                if information:
-                    stack.kind.add_diagonal(memory, stack.gather([information.get(n) for n in stack.names]))
-            step, gathered = stack.kind.gain(memory, score)
+                score -= stack.gather([pull.gradient.get(n) for n in stack.names])
+                if pull.information:
+                    stack.kind.add_diagonal(memory, stack.gather([pull.information.get(n) for n in stack.names]))
+            step, energy = stack.kind.gain(memory, score)
             steps.append(step)
-            decrease = decrease + (score * step).sum()
-            energy = energy + gathered
-            trace = trace + stack.kind.trace(memory)
-            if drew:
-                innovation = innovation + (draws[j].mul_(temper**0.5) * stack.kind.gain(memory, draws[j])[0]).sum()
-        kl = energy / (2 * group["tokens"])
-        scale = torch.ones_like(decrease)
-        if group["max_decrease"] is not None:
-            scale = torch.minimum(scale, group["max_decrease"] * count / decrease.clamp_min(1e-30))
-        if group["max_kl"] is not None:
-            scale = torch.minimum(scale, (group["max_kl"] / kl.clamp_min(1e-30)).sqrt())
+            total["decrease"] += (score * step).sum() / temper
+            total["energy"] += energy / temper
+            total["trace"] += stack.kind.trace(memory)
+            if draws:  # g^T P g, and its expectation under the model, which one draw estimates
+                total["innovation"] += (scores[j] * (stack.kind.gain(memory, scores[j])[0] if pull else step / temper)).sum()
+                total["expected"] += (draws[j] * stack.kind.gain(memory, draws[j])[0]).sum()
+        scale, kl = self._trust(total["decrease"] / count, total["energy"] / (2 * group["tokens"]))
         for stack, step in zip(self._stacks, steps, strict=True):
             stack.add_to_params(step.mul_(scale * group["lr"]))
         self.diagnostics.update(
             {
-                "loss": loss / count,
                 "kl": kl * scale.square(),
-                "trace_p": trace,
-                "gain_norm": _norm(steps) / _norm(scores).clamp_min(1e-30),
+                "trace_p": total["trace"],
+                "gain_norm": _norm(steps) / _norm(scores).clamp_min(_TINY),
                 "trust": scale,
-                "decrease": decrease * scale / count,
+                "decrease": total["decrease"] * scale / count,
             }
         )
-        if drew:  # g^T P g against its expectation under the model, which one draw estimates
-            self.diagnostics["innovation"] = decrease / innovation.clamp_min(1e-30)
+        if draws:
+            self.diagnostics["innovation"] = total["innovation"] / total["expected"].clamp_min(_TINY)
+
+    def _trust(self, decrease: Tensor, kl: Tensor) -> tuple[Tensor, Tensor]:
+        """Factor on the step that keeps both bounds (nats per token), and the KL divergence of the whole step."""
+        group = self.param_groups[0]
+        scale = torch.ones_like(decrease)
+        if group["max_decrease"] is not None:
+            gained = group["prior_tokens"] / (group["prior_tokens"] + group["tokens"])
+            most = group["max_decrease"] * gained ** group["trust_decay"]
+            scale = torch.minimum(scale, most / decrease.clamp_min(_TINY))
+        if group["max_kl"] is not None:
+            scale = torch.minimum(scale, (group["max_kl"] / kl.clamp_min(_TINY)).sqrt())
+        return scale, kl
 
     def _settle_priors(self, draws: list[Tensor], count: float) -> None:
-        """Unit-information priors from the first draw: prior_tokens * mean Fisher of the matrix per token."""
+        """Unit-information priors from the first draw: prior_tokens * mean Fisher of the matrix per token.
+
+        A matrix that (almost) no gradient reached yet gets the prior of one with a thousandth of the average Fisher.
+        """
         group = self.param_groups[0]
-        for stack, draw in zip(self._stacks, draws, strict=True):
-            known = torch.stack([self.state[p]["prior_known"] for p in stack.params]).bool()
-            if known.all():
-                continue
-            known = known.to(draw.device)
-            fisher = draw.flatten(1).square().mean(-1) / count  # (n,)
-            floor = fisher.max() * 1e-6
-            memory = stack.memory
-            prior = torch.where(known, memory["prior"], group["prior_tokens"] * torch.maximum(fisher, floor))
-            if not (prior > 0).all():
-                logger.warning("No gradient reached some parameters yet; their prior is settled at a later draw.")
-                continue
-            stack.set_prior(memory, prior)
-            for p in stack.params:
-                self.state[p]["prior_known"].fill_(1.0)
+        if group["settled"]:
+            return
+        fisher = [draw.flatten(1).square().mean(-1) / count for draw in draws]  # (n,) each
+        floor = 1e-3 * torch.cat(fisher).mean()
+        if floor == 0:
+            logger.warning("The first draw of labels gave no gradient at all; the prior is settled at a later draw.")
+            return
+        for stack, own in zip(self._stacks, fisher, strict=True):
+            known = stack.memory["prior"] > 0
+            stack.set_prior(
+                stack.memory,
+                torch.where(known, stack.memory["prior"], group["prior_tokens"] * torch.maximum(own, floor)),
+            )
+        group["settled"] = True
 
     # -- prior belief ----------------------------------------------------------------------------------------------
 
@@ -334,16 +364,17 @@ class LoKO(torch.optim.Optimizer):
         if self._belief:
             self._belief = (*self._belief[:2], value)
 
-    def _prior_pull(self, count: float) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
+    def _prior_pull(self, count: float) -> "_Pull | None":
+        """The belief's share of this step: `count` tokens' worth of its gradient and information."""
         if self._belief is None or self._belief[2] == 0:
             return None
         belief, mode, strength = self._belief
-        weight = strength * count
+        weight = strength * count * self.param_groups[0]["tempering"]
         state = {n: p for stack in self._stacks for n, p in zip(stack.names, stack.params, strict=True)}
         energy, gradient = belief.energy_and_gradient(state)
         self.diagnostics["penalty"], self.diagnostics["drift"] = strength * energy, energy
         information = belief.precision.diagonal(state) if mode == "factor" else {}
-        return {k: g * weight for k, g in gradient.items()}, {k: f * weight for k, f in information.items()}
+        return _Pull({k: g * weight for k, g in gradient.items()}, {k: f * weight for k, f in information.items()})
 
     # -- state -----------------------------------------------------------------------------------------------------
 
@@ -385,11 +416,16 @@ class LoKO(torch.optim.Optimizer):
         for stack in self._stacks:
             for key, tensor in stack.memory.items():
                 tensor.copy_(torch.stack([entries[id(p)][key].to(tensor) for p in stack.params]))
-            for p in stack.params:
-                self.state[p]["prior_known"] = entries[id(p)]["prior_known"].clone().cpu()
         for own, theirs in zip(self.param_groups, state_dict["param_groups"], strict=True):
             own.update({k: v for k, v in theirs.items() if k not in ("params", "param_names")})
         self._clear()
+
+
+class _Pull(NamedTuple):
+    """What a belief adds to a step: gradient of the penalty and its Gauss-Newton diagonal, by parameter name."""
+
+    gradient: dict[str, Tensor]
+    information: dict[str, Tensor]
 
 
 class _Stack:

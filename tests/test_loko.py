@@ -160,6 +160,45 @@ def test_an_empty_observation_changes_nothing(batch, caplog):
     assert "no label" in caplog.text
 
 
+def test_a_first_step_without_labels_leaves_the_prior_to_the_next(batch):
+    model = make_lora_llama(torch.float32)
+    optimizer = create_loko_optimizer(model, curvature_every=10)
+    empty = {**batch, "labels": torch.full_like(batch["labels"], -100)}
+    losses = run(model, optimizer, [empty, batch, batch, batch])
+    assert all(torch.isfinite(p).all() for p in AdapterState(model).parameters().values())
+    assert optimizer.param_groups[0]["settled"] and losses[-1] < losses[1]
+
+
+def test_tempering_scales_prior_and_data_alike(batch):
+    # Half the likelihood and half the belief, with half the prior, is the same filter with twice the covariance.
+    steps = []
+    for temper in (1.0, 0.5):
+        model = make_lora_llama(torch.float64)
+        view = AdapterState(model)
+        optimizer = LoKO(
+            view.parameters().items(), CategoricalObservation(shift=True), max_decrease=None, tempering=temper,
+            prior_precision=dict.fromkeys(view.parameters(), 400.0 * temper),
+        )  # fmt: skip
+        optimizer.set_belief(diagonal_belief(model), 2.0)
+        for p in view.parameters().values():
+            p.data.add_(0.05)
+        before = view.flatten().clone()
+        run(model, optimizer, [batch])
+        steps.append(view.flatten() - before)
+    torch.testing.assert_close(steps[0], steps[1])
+
+
+def test_draws_count_for_the_steps_until_the_next(batch):
+    model = make_lora_llama(torch.float32)
+    optimizer = create_loko_optimizer(model, curvature_every=4, first_draws=2)
+    seen = []
+    for _ in range(10):
+        drew = optimizer.draws_curvature
+        run(model, optimizer, [batch])
+        seen.append(optimizer._interval() if drew else 0)
+    assert seen == [1, 3, 0, 0, 4, 0, 0, 0, 4, 0]
+
+
 def test_step_size_obeys_the_trust_region(batch):
     for option, key in (("max_decrease", "decrease"), ("max_kl", "kl")):
         model = make_lora_llama(torch.float32)
