@@ -283,7 +283,9 @@ class LoKO(torch.optim.Optimizer):
             total["energy"] += energy / temper
             total["trace"] += stack.kind.trace(memory)
             if draws:  # g^T P g, and its expectation under the model, which one draw estimates
-                total["innovation"] += (scores[j] * (stack.kind.gain(memory, scores[j])[0] if pull else step / temper)).sum()
+                total["innovation"] += (
+                    scores[j] * (stack.kind.gain(memory, scores[j])[0] if pull else step / temper)
+                ).sum()
                 total["expected"] += (draws[j] * stack.kind.gain(memory, draws[j])[0]).sum()
         scale, kl = self._trust(total["decrease"] / count, total["energy"] / (2 * group["tokens"]))
         for stack, step in zip(self._stacks, steps, strict=True):

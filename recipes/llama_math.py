@@ -71,7 +71,7 @@ class Options:
         default_factory=lambda: ["lora", "lalora", "kalman"], metadata={"help": f"Of {', '.join(LABELS)}."}
     )
     output_dir: str = field(default="outputs/llama_math", metadata={"help": "Where everything is written."})
-    max_steps: int = field(default=60, metadata={"help": "Optimizer steps."})
+    max_steps: int = field(default=40, metadata={"help": "Optimizer steps."})
     batch_size: int = field(default=4, metadata={"help": "Sequences per process and micro-batch."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Micro-batches per step."})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Trade time for memory."})
@@ -85,14 +85,14 @@ class Options:
     )
     source_samples: int = field(default=48, metadata={"help": "Source sequences for the curvature, over all sources."})
     source_heldout: int = field(default=12, metadata={"help": "Source sequences whose loss is logged."})
-    loko_curvature_every: int = field(default=2, metadata={"help": "Steps between LoKO's curvature draws."})
+    loko_curvature_every: int = field(default=4, metadata={"help": "Steps between LoKO's curvature draws."})
     max_length: int = field(default=384, metadata={"help": "Tokens per target sequence; longer ones are cut."})
     source_length: int = field(default=256, metadata={"help": "Tokens per source sequence."})
-    eval_items: int = field(default=64, metadata={"help": "Held-out target problems for loss and forced accuracy."})
-    generate_items: int = field(default=16, metadata={"help": "Held-out target problems answered by generation."})
-    source_items: int = field(default=24, metadata={"help": "Held-out texts per source."})
-    choice_items: int = field(default=40, metadata={"help": "Items of each multiple-choice task."})
-    curve_points: int = field(default=3, metadata={"help": "Light evaluations while training, for the pictures."})
+    eval_items: int = field(default=48, metadata={"help": "Held-out target problems for loss and forced accuracy."})
+    generate_items: int = field(default=12, metadata={"help": "Held-out target problems answered by generation."})
+    source_items: int = field(default=16, metadata={"help": "Held-out texts per source."})
+    choice_items: int = field(default=32, metadata={"help": "Items of each multiple-choice task."})
+    curve_points: int = field(default=2, metadata={"help": "Light evaluations while training, for the pictures."})
     bf16: bool = field(default=True, metadata={"help": "Load the base model in bfloat16."})
     threads: int = field(default=0, metadata={"help": "CPU threads per process; 0 shares out the cores."})
     seed: int = field(default=0, metadata={"help": "Of data order, adapter and label draws."})
@@ -240,9 +240,9 @@ class Light(TrainerCallback):
     def __init__(self, job: Job):
         o = job.options
         self.steps = {round(o.max_steps * (k + 1) / (o.curve_points + 1)) for k in range(o.curve_points)}
-        heldout = _head(job.target.heldout, 24)
+        heldout = _head(job.target.heldout, 16)
         self.target = tokenize_supervised(heldout, job.tokenizer, o.max_length)
-        self.sources = {name: _head(rows, 8) for name, rows in job.kept.items()}
+        self.sources = {name: _head(rows, 6) for name, rows in job.kept.items()}
         self.points: list[dict[str, Any]] = []
         self.pause = 0.0
         self.start = 0.0

@@ -121,7 +121,9 @@ def variants(model: Any, batch: dict[str, Tensor]) -> dict[str, Callable[[], Non
             stack.set_prior(stack.memory, torch.full((stack.shape[0],), 1e6, device=stack.like.device))
 
         def run() -> None:
-            optimizer.param_groups[0].update(steps=0 if draw else 1, curvature_every=1 if draw else 10**9, settled=True)
+            optimizer.param_groups[0].update(
+                steps=0 if draw else 1, curvature_every=1 if draw else 10**9, settled=True
+            )
             optimizer.observe(model(**inputs).logits, batch["labels"])
             optimizer.step()
             state.load(start)
