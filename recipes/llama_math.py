@@ -67,6 +67,12 @@ class Options:
     sources: str = field(
         default="offline", metadata={"help": "What to keep: 'offline', or comma-separated Hub ids and text files."}
     )
+    choices: list[str] = field(
+        default_factory=lambda: ["hellaswag", "arc_easy"],
+        metadata={
+            "help": "Multiple-choice tasks: 'hellaswag', 'arc_easy', 'arc_challenge', 'winogrande', or Hub ids."
+        },
+    )
     methods: list[str] = field(
         default_factory=lambda: ["lora", "lalora", "kalman"], metadata={"help": f"Of {', '.join(LABELS)}."}
     )
@@ -98,6 +104,10 @@ class Options:
     seed: int = field(default=0, metadata={"help": "Of data order, adapter and label draws."})
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The examples as they are written, and every default."""
+
+
 def parse(arguments: list[str]) -> Options:
     """Read options from the command line, on top of a YAML file if `--config` names one.
 
@@ -110,7 +120,7 @@ def parse(arguments: list[str]) -> Options:
     early = argparse.ArgumentParser(add_help=False)
     early.add_argument("--config", type=Path)
     known, rest = early.parse_known_args(arguments)
-    parser = HfArgumentParser(Options, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # type: ignore[arg-type]
+    parser = HfArgumentParser(Options, description=__doc__, formatter_class=_Help)  # type: ignore[arg-type]
     parser.add_argument("--config", help="YAML file with any of these options; the command line goes before it.")
     if known.config:
         values = yaml.safe_load(known.config.read_text()) or {}
@@ -142,7 +152,7 @@ class Job:
                 options.dataset, limit_train=None, limit_eval=options.eval_items, seed=options.seed
             )
             self.sources: dict[str, Source] = load_sources(options.sources)
-            self.choices = {name: load_choices(name, limit=options.choice_items) for name in ("hellaswag", "arc_easy")}
+            self.choices = {name: load_choices(name, limit=options.choice_items) for name in options.choices}
         self.train_dataset = tokenize_supervised(self.target.train, self.tokenizer, options.max_length)
         self.kept = {
             name: tokenize(_head(source.heldout, options.source_items), self.tokenizer, options.source_length)
