@@ -25,20 +25,19 @@ _MODULE_OF = {
 }
 
 __all__ = [
-    "__version__",
-    *_MODULE_OF,
     "AdapterState",
     "Belief",
     "BeliefError",
-    "LaplaceCallback",
-    "KalmanConfig",
-    "estimate_curvature",
-    "ForgettingBudget",
-    "LoKO",
-    "create_loko_optimizer",
     "CategoricalObservation",
+    "ForgettingBudget",
+    "KalmanConfig",
     "KalmanMixin",
     "KalmanTrainer",
+    "LaplaceCallback",
+    "LoKO",
+    "create_loko_optimizer",
+    "estimate_curvature",
+    "__version__",
 ]
 
 if TYPE_CHECKING:
