@@ -35,9 +35,9 @@ __all__ = [
     "KalmanTrainer",
     "LaplaceCallback",
     "LoKO",
+    "__version__",
     "create_loko_optimizer",
     "estimate_curvature",
-    "__version__",
 ]
 
 if TYPE_CHECKING:
