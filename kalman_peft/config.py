@@ -23,9 +23,11 @@ class KalmanArguments:
             "loko", or the name of any optimizer of the Trainer (as in `optim`). `None` leaves the choice to `optim`.
         loko_memory (`str`, *optional*, defaults to `"kronecker"`): See [`LoKO`].
         loko_rank (`int`, *optional*, defaults to 16): See [`LoKO`].
-        loko_curvature_every (`int`, *optional*, defaults to 1): See [`LoKO`].
+        loko_curvature_every (`int`, *optional*, defaults to 4): See [`LoKO`].
+        loko_first_draws (`int`, *optional*, defaults to 6): See [`LoKO`].
         loko_prior_tokens (`float`, *optional*): See [`LoKO`].
-        loko_max_decrease (`float`, *optional*, defaults to 0.5): See [`LoKO`].
+        loko_max_decrease (`float`, *optional*, defaults to 1.0): See [`LoKO`].
+        loko_trust_decay (`float`, *optional*, defaults to 1.0): See [`LoKO`].
         loko_max_kl (`float`, *optional*): See [`LoKO`].
         loko_tempering (`float`, *optional*, defaults to 1.0): See [`LoKO`].
         loko_forgetting (`float`, *optional*, defaults to 1.0): See [`LoKO`].
@@ -56,12 +58,16 @@ class KalmanArguments:
     )
     loko_memory: str = field(default="kronecker", metadata={"help": f"Memory of LoKO, one of {MEMORIES}."})
     loko_rank: int = field(default=16, metadata={"help": "Eigenpairs kept on long sides by LoKO's Kronecker memory."})
-    loko_curvature_every: int = field(default=1, metadata={"help": "Draw curvature at every n-th step of LoKO."})
+    loko_first_draws: int = field(default=6, metadata={"help": "LoKO draws curvature at each of the first steps."})
+    loko_trust_decay: float = field(
+        default=1.0, metadata={"help": "Power with which LoKO's trust region shrinks as information is gathered."}
+    )
+    loko_curvature_every: int = field(default=4, metadata={"help": "Draw curvature at every n-th step of LoKO."})
     loko_prior_tokens: float | None = field(
         default=None, metadata={"help": "Strength of LoKO's unit-information prior, in labels; 1e4 for causal models."}
     )
     loko_max_decrease: float | None = field(
-        default=0.5, metadata={"help": "LoKO's trust region: largest predicted decrease per step, nats per token."}
+        default=1.0, metadata={"help": "LoKO's trust region: largest predicted decrease per step, nats per token."}
     )
     loko_max_kl: float | None = field(
         default=None, metadata={"help": "LoKO's trust region: largest KL divergence per step, nats per token."}
@@ -123,8 +129,8 @@ class KalmanArguments:
     def loko_options(self) -> dict[str, Any]:
         """Keyword arguments for [`create_loko_optimizer`]."""
         names = (
-            "memory", "rank", "curvature_every", "prior_tokens", "max_decrease", "max_kl", "tempering", "forgetting",
-            "process_noise",
+            "memory", "rank", "curvature_every", "first_draws", "prior_tokens", "max_decrease", "trust_decay", "max_kl",
+            "tempering", "forgetting", "process_noise",
         )  # fmt: skip
         return {name: getattr(self, f"loko_{name}") for name in names}
 

@@ -55,8 +55,10 @@ class LoKO(torch.optim.Optimizer):
             "diagonal".
         rank (`int`, *optional*, defaults to 16): Eigenpairs kept on the long side of the Kronecker memory.
         dense_limit (`int`, *optional*, defaults to 128): See `memory`.
-        curvature_every (`int`, *optional*, defaults to 1):
-            Draw labels, at the price of one more backward pass, at every n-th step; a draw then counts n times.
+        curvature_every (`int`, *optional*, defaults to 4):
+            Draw labels, at the price of one more backward pass, at every n-th step; a draw counts for the steps until
+            the next one.
+        first_draws (`int`, *optional*, defaults to 6): Draw at each of the first steps, to settle the eigenbasis.
         prior_tokens (`float`, *optional*):
             Strength of the unit-information prior, in observed labels; defaults to 1e4 tokens for causal language
             models and to 30 labels otherwise.
@@ -67,9 +69,9 @@ class LoKO(torch.optim.Optimizer):
         forgetting (`float`, *optional*, defaults to 1.0):
             Factor in (0, 1] on what was learned, per step; 1 forgets nothing, below 1 relaxes towards the prior.
         process_noise (`float`, *optional*, defaults to 0.0): Variance added to every weight, per step.
-        max_decrease (`float`, *optional*, defaults to 0.5):
+        max_decrease (`float`, *optional*, defaults to 1.0):
             Trust region: largest predicted decrease of the loss per step, g^T step, in nats per token.
-        trust_decay (`float`, *optional*, defaults to 0.0):
+        trust_decay (`float`, *optional*, defaults to 1.0):
             Power with which `max_decrease` shrinks as n_0 / (n_0 + tokens seen), n_0 = `prior_tokens`: with 1 it
             follows the filter's own gain, with 0 it stays.
         max_kl (`float`, *optional*):
@@ -88,15 +90,15 @@ class LoKO(torch.optim.Optimizer):
         memory: str = "kronecker",
         rank: int = 16,
         dense_limit: int = 128,
-        curvature_every: int = 1,
-        first_draws: int = 0,
+        curvature_every: int = 4,
+        first_draws: int = 6,
         prior_tokens: float | None = None,
         prior_precision: dict[str, float | None] | None = None,
         tempering: float = 1.0,
         forgetting: float = 1.0,
         process_noise: float = 0.0,
-        max_decrease: float | None = 0.5,
-        trust_decay: float = 0.0,
+        max_decrease: float | None = 1.0,
+        trust_decay: float = 1.0,
         max_kl: float | None = None,
         seed: int = 0,
     ):
@@ -105,6 +107,8 @@ class LoKO(torch.optim.Optimizer):
         _check(curvature_every >= 1, f"curvature_every must be >= 1, got {curvature_every}")
         if prior_tokens is None:
             prior_tokens = 1e4 if observation.shift else 30.0
+        _check(first_draws >= 0, f"first_draws must be >= 0, got {first_draws}")
+        _check(0 <= trust_decay < math.inf, f"trust_decay must be >= 0 and finite, got {trust_decay}")
         _check(_positive(prior_tokens), f"prior_tokens must be positive and finite, got {prior_tokens}")
         _check(_positive(tempering), f"tempering must be positive and finite, got {tempering}")
         _check(0 < forgetting <= 1, f"forgetting must be in (0, 1], got {forgetting}")

@@ -71,7 +71,7 @@ def test_accumulation_equals_one_batch(batch):
     results = []
     for split in (False, True):
         model.load_state_dict(start)
-        optimizer = create_loko_optimizer(model, curvature_every=2)
+        optimizer = create_loko_optimizer(model, curvature_every=2, first_draws=0)
         run(model, optimizer, [batch])
         parts = [{k: v[i : i + 1] for k, v in batch.items()} for i in range(3)] if split else [batch]
         for part in parts:
@@ -114,7 +114,9 @@ def test_every_trainable_tensor_moves_with_a_classification_head():
 def test_resume_is_bitwise_exact(memory, dtype, every):
     def fresh():
         model = make_lora_llama(dtype, attn="sdpa")
-        return model, create_loko_optimizer(model, memory=memory, curvature_every=every, forgetting=0.99)
+        return model, create_loko_optimizer(
+            model, memory=memory, curvature_every=every, first_draws=2, forgetting=0.99
+        )
 
     data = batches(7)
     model, optimizer = fresh()
@@ -162,7 +164,7 @@ def test_an_empty_observation_changes_nothing(batch, caplog):
 
 def test_a_first_step_without_labels_leaves_the_prior_to_the_next(batch):
     model = make_lora_llama(torch.float32)
-    optimizer = create_loko_optimizer(model, curvature_every=10)
+    optimizer = create_loko_optimizer(model, curvature_every=10, first_draws=1)
     empty = {**batch, "labels": torch.full_like(batch["labels"], -100)}
     losses = run(model, optimizer, [empty, batch, batch, batch])
     assert all(torch.isfinite(p).all() for p in AdapterState(model).parameters().values())
@@ -200,9 +202,9 @@ def test_draws_count_for_the_steps_until_the_next(batch):
 
 
 def test_step_size_obeys_the_trust_region(batch):
-    for option, key in (("max_decrease", "decrease"), ("max_kl", "kl")):
+    for option, key in (("max_decrease", "decrease"), ("max_kl", "kl")):  # trust_decay=0: the bound itself
         model = make_lora_llama(torch.float32)
-        options = {"max_decrease": None, "max_kl": None, "prior_tokens": 1e-3} | {option: 1e-4}
+        options = {"max_decrease": None, "max_kl": None, "prior_tokens": 1e-3, "trust_decay": 0.0} | {option: 1e-4}
         optimizer = create_loko_optimizer(model, **options)
         run(model, optimizer, [batch])
         assert float(optimizer.diagnostics[key]) == pytest.approx(1e-4, rel=1e-3)
@@ -255,6 +257,8 @@ def test_belief_as_prior_adds_its_share_of_gradient_and_information(batch):
         ({"curvature_every": 0}, "curvature_every must be"),
         ({"prior_tokens": 0.0}, "prior_tokens must be positive"),
         ({"prior_tokens": float("nan")}, "prior_tokens must be positive"),
+        ({"first_draws": -1}, "first_draws must be"),
+        ({"trust_decay": -1.0}, "trust_decay must be"),
         ({"forgetting": 0.0}, "forgetting must be in"),
         ({"process_noise": -1.0}, "process_noise must be"),
         ({"max_kl": -1.0}, "max_kl must be positive"),

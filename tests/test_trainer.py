@@ -112,7 +112,7 @@ def test_result_does_not_depend_on_gradient_accumulation(tmp_path, tokenizer, op
             kalman = run.create_optimizer()
             for stack in kalman._stacks:  # the same memory in both, and no draws
                 stack.set_prior(stack.memory, torch.full((stack.shape[0],), 200.0))
-            kalman.param_groups[0].update(steps=1, curvature_every=1000, tokens=1.0, settled=True)
+            kalman.param_groups[0].update(steps=1, curvature_every=1000, first_draws=0, tokens=1.0, settled=True)
         run.train()
         results.append(weights(run))
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-6)

@@ -79,7 +79,7 @@ def train(out, optimizer, accumulation=1, budget=None):
         kalman = run.create_optimizer()
         for stack in kalman._stacks:
             stack.set_prior(stack.memory, torch.full((stack.shape[0],), 200.0))
-        kalman.param_groups[0].update(steps=1, curvature_every=1000, tokens=1.0, settled=True)
+        kalman.param_groups[0].update(steps=1, curvature_every=1000, first_draws=0, tokens=1.0, settled=True)
     run.train()
     losses = [e["loss"] for e in run.state.log_history if "loss" in e]
     result = AdapterState(run.model).snapshot()
