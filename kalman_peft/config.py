@@ -129,8 +129,8 @@ class KalmanArguments:
     def loko_options(self) -> dict[str, Any]:
         """Keyword arguments for [`create_loko_optimizer`]."""
         names = (
-            "memory", "rank", "curvature_every", "first_draws", "prior_tokens", "max_decrease", "trust_decay", "max_kl",
-            "tempering", "forgetting", "process_noise",
+            "memory", "rank", "curvature_every", "first_draws", "prior_tokens", "max_decrease", "trust_decay",
+            "max_kl", "tempering", "forgetting", "process_noise",
         )  # fmt: skip
         return {name: getattr(self, f"loko_{name}") for name in names}
 
