@@ -6,6 +6,7 @@ structure, and how the curvature was taken. Loading checks all of it; writing is
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,6 +22,8 @@ from .curvature.estimate import estimate_curvature, refuse_nonlinear_merge
 from .distributed import broadcast_, world
 from .precision import Precision, precision_from_tensors
 
+
+logger = logging.getLogger(__name__)
 
 BELIEF_WEIGHTS = "belief.safetensors"
 BELIEF_CONFIG = "belief_config.json"
@@ -183,10 +186,10 @@ class Belief:
             "fingerprint": fingerprint,
             **self.info,
         }
-        _atomically(folder / BELIEF_WEIGHTS, lambda p: save_file(tensors, p, {"fingerprint": fingerprint}))
-        _atomically(
-            folder / BELIEF_CONFIG, lambda p: p.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        )
+        text = json.dumps(config, indent=2, sort_keys=True)
+        # The weights carry the config too: whatever interrupts the two writes, the weights can be read.
+        write_atomically(folder / BELIEF_WEIGHTS, lambda p: save_file(tensors, p, {"config": text}))
+        write_atomically(folder / BELIEF_CONFIG, lambda p: p.write_text(text + "\n"))
 
     @classmethod
     def from_pretrained(
@@ -213,26 +216,22 @@ class Belief:
             BeliefError: A file is truncated, of an unknown format, or does not belong to the other.
         """
         weights, config_file = _locate(pretrained, revision, token)
-        try:
-            config = json.loads(config_file.read_text())
-            structure, space, expected = config.pop("structure"), config.pop("space"), config.pop("fingerprint")
-            found = config.pop("format")
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise BeliefError(f"{config_file} is no belief config, or is truncated ({error}).") from error
-        if found != _FORMAT:
-            raise BeliefError(f"{config_file} has format {found}; this version reads {_FORMAT}. Update kalman_peft.")
+        beside = _read_config(config_file.read_bytes(), config_file)
         try:
             with safe_open(weights, framework="pt", device=str(device)) as file:
-                stored = (file.metadata() or {}).get("fingerprint")
+                own = (file.metadata() or {}).get("config", "")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except (SafetensorError, OSError) as error:
             raise BeliefError(
                 f"{weights} cannot be read; it is truncated or no safetensors file ({error})."
             ) from error
-        if not stored == expected == _fingerprint(tensors):
-            raise BeliefError(
-                f"{weights} does not belong to {config_file}: fingerprints differ. Copy both files from one save."
-            )
+        config = _read_config(own.encode(), weights)
+        if config["fingerprint"] != _fingerprint(tensors):
+            raise BeliefError(f"{weights} was altered: its tensors do not have the fingerprint it states.")
+        if config["fingerprint"] != beside["fingerprint"]:
+            logger.warning("%s is of another save than %s, which is used with its own config.", config_file, weights)
+        structure, space = config.pop("structure"), config.pop("space")
+        config = {key: value for key, value in config.items() if key not in ("format", "fingerprint")}
         mean = {n.removeprefix("mean/"): t for n, t in tensors.items() if n.startswith("mean/")}
         rest = {n.removeprefix("precision/"): t for n, t in tensors.items() if n.startswith("precision/")}
         try:
@@ -247,6 +246,19 @@ class Belief:
         named = {f"mean/{k}": m for k, m in self.mean.items()}
         named |= {f"precision/{k}": t for k, t in self.precision.tensors().items()}
         return {name: t.detach().cpu().contiguous().clone() for name, t in named.items()}
+
+
+def _read_config(text: bytes, path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(text)
+        missing = {"structure", "space", "fingerprint", "format"} - config.keys()
+    except (ValueError, AttributeError) as error:
+        raise BeliefError(f"{path} has no belief config, or is truncated ({error}).") from error
+    if missing:
+        raise BeliefError(f"{path} has no belief config: {sorted(missing)} are missing.")
+    if config["format"] != _FORMAT:
+        raise BeliefError(f"{path} has format {config['format']}; this version reads {_FORMAT}. Update kalman_peft.")
+    return config
 
 
 def describe(state: AdapterState) -> dict[str, Any]:
@@ -276,8 +288,9 @@ def base_fingerprint(state: AdapterState) -> str | None:
     """
     digest = hashlib.sha256()
     for pair in (state.pairs[0], state.pairs[-1]):
-        weight = state.model.get_submodule(pair.name).get_base_layer().weight  # type: ignore[operator]
-        if not weight.is_floating_point() or weight.dim() != 2 or weight.device.type == "meta":
+        layer: Any = state.model.get_submodule(pair.name)
+        weight = getattr(layer.get_base_layer(), "weight", None)
+        if weight is None or not weight.is_floating_point() or weight.dim() != 2 or weight.device.type == "meta":
             return None
         flat = weight.detach().reshape(-1)
         sample = flat[:: max(flat.numel() // 4096, 1)][:4096].to(torch.bfloat16).float().cpu()
@@ -286,12 +299,12 @@ def base_fingerprint(state: AdapterState) -> str | None:
 
 
 def _fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """Hash of names, shapes, dtypes and of a sum of every tensor."""
+    """Hash of names, shapes, dtypes and bytes."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        t = tensors[name]
-        total = t.detach().cpu().double().sum().item()
-        digest.update(f"{name}|{tuple(t.shape)}|{t.dtype}|{total!r}\n".encode())
+        t = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{tuple(t.shape)}|{t.dtype}\n".encode())
+        digest.update(t.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -313,7 +326,7 @@ def _locate(pretrained: str | os.PathLike, revision: str | None, token: str | bo
     return weights, config
 
 
-def _atomically(path: Path, write: Any) -> None:
+def write_atomically(path: Path, write: Any) -> None:
     """Write beside `path`, then replace it: a reader or a crash sees the old file or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{world()[0]}.tmp")
     try:

@@ -88,19 +88,22 @@ class LaplaceCallback(TrainerCallback):
             state.log_history[-1].update(self.metrics())
 
 
-def refuse_scaled_or_sharded(args: Any, who: str) -> None:
+def refuse_scaled_or_sharded(args: Any, who: str, accelerator: Any = None) -> None:
     """Raise for settings in which gradients or weights are not what they seem.
 
     Args:
         args (`TrainingArguments`): Of the Trainer.
         who (`str`): Named in the error.
+        accelerator (`Accelerator`, *optional*): Of the Trainer; knows what was set outside the arguments.
 
     Raises:
         ValueError: fp16 mixed precision, FSDP or DeepSpeed.
     """
-    if getattr(args, "fp16", False):
+    kind = str(getattr(accelerator, "distributed_type", "")).rsplit(".", 1)[-1]
+    mixed = getattr(accelerator, "mixed_precision", None) or getattr(args, "mixed_precision", None)
+    if getattr(args, "fp16", False) or mixed == "fp16":
         raise ValueError(f"{who} does not support fp16=True, whose gradients are loss-scaled; use bf16=True.")
-    if getattr(args, "deepspeed", None):
+    if getattr(args, "deepspeed", None) or kind == "DEEPSPEED":
         raise ValueError(f"{who} does not support DeepSpeed; use DistributedDataParallel.")
-    if getattr(args, "fsdp", None):
+    if getattr(args, "fsdp", None) or kind == "FSDP":
         raise ValueError(f"{who} does not support FSDP yet; use DistributedDataParallel.")

@@ -16,12 +16,14 @@ def write_model_card(
         *args: As for `Trainer.create_model_card`; a first one is the language.
         results (`str`, *optional*): Markdown with measured results, put under its own heading.
         tags (`str` or `list[str]`, *optional*): Further tags.
-        **kwargs: Of `Trainer.create_model_card`: `language`, `license`, `model_name`, `dataset`, `finetuned_from`.
+        **kwargs: Of `Trainer.create_model_card`: `language`, `license`, `model_name`, `dataset`, `dataset_tags`,
+            `tasks` (as tags), `finetuned_from`.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
     own = ["kalman_peft", "lora", *(getattr(trainer.model, "model_tags", None) or [])]
-    own += [tags] if isinstance(tags, str) else list(tags or [])
+    for more in (tags, kwargs.get("tasks")):
+        own += [more] if isinstance(more, str) else list(more or [])
     base = (
         kwargs.get("finetuned_from")
         or trainer.model.peft_config[trainer.model.active_adapters[0]].base_model_name_or_path
@@ -31,7 +33,7 @@ def write_model_card(
         license=kwargs.get("license"),
         library_name="peft",
         base_model=base or None,
-        datasets=kwargs.get("dataset"),
+        datasets=kwargs.get("dataset_tags") or kwargs.get("dataset"),
         tags=sorted(set(own)),
     )
     arguments = trainer.args

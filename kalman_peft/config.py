@@ -1,20 +1,24 @@
 """KalmanConfig: TrainingArguments plus what the belief and the Kalman optimizer need."""
 
 import json
-from dataclasses import dataclass, field
-from typing import Any
+import math
+import warnings
+from dataclasses import dataclass, field, fields
+from typing import Any, cast
 
 from transformers import TrainingArguments
 
 from .curvature.estimate import SPACES, STRUCTURES
 from .curvature.fisher import FISHERS
 from .laplace import FORMS
-from .loko import MEMORIES
+from .loko import MEMORIES, check_options
 
 
 @dataclass
 class KalmanArguments:
-    """The fields that this library adds; a mixin for any TrainingArguments class.
+    """The fields that this library adds; goes before any TrainingArguments class.
+
+    `@dataclass class MyArguments(KalmanArguments, Seq2SeqTrainingArguments): ...`
 
     > Parameters that control the optimizer
 
@@ -95,6 +99,68 @@ class KalmanArguments:
     source_samples: int = field(default=64, metadata={"help": "Source sequences used for the curvature."})
     source_heldout: int = field(default=16, metadata={"help": "Source sequences held out to measure their loss."})
 
+    learning_rate: float | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Learning rate; defaults to 5e-5. With LoKO, scale of the step: 1."}
+    )
+    lr_scheduler_type: str | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Schedule of the learning rate; defaults to linear, constant with LoKO."}
+    )
+    max_grad_norm: float | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Largest gradient norm; defaults to 1.0. With LoKO it must be 0."}
+    )
+
+    def __post_init__(self) -> None:
+        loko = self.uses_loko
+        if self.learning_rate is None:
+            self.learning_rate = 1.0 if loko else 5e-5
+        if self.lr_scheduler_type is None:
+            self.lr_scheduler_type = "constant" if loko else "linear"
+        if self.max_grad_norm is None:
+            self.max_grad_norm = 0.0 if loko else 1.0
+        if self.optimizer and not loko:
+            self.optim = self.optimizer
+        self._check_kalman()
+        if loko:
+            self._check_loko()
+        else:
+            self._warn_unused("loko_", "optimizer='loko'")
+        parent = getattr(super(), "__post_init__", None)
+        if parent is not None:
+            parent()
+
+    def _warn_unused(self, prefix: str, needed: str) -> None:
+        unused = [f.name for f in fields(self) if f.name.startswith(prefix) and getattr(self, f.name) != f.default]
+        if unused:
+            warnings.warn(f"{', '.join(unused)}: no effect without {needed}.", stacklevel=4)
+
+    def _check_loko(self) -> None:
+        check_options(self.loko_options(), prefix="loko_")
+        if self.learning_rate is not None and self.learning_rate < 0.1:
+            warnings.warn(
+                f"learning_rate={self.learning_rate} scales LoKO's step, which needs none: leave it out.", stacklevel=4
+            )
+        me = cast(Any, self)  # the fields of TrainingArguments
+        refused = {
+            "max_grad_norm": (self.max_grad_norm, 0, "the trust region (loko_max_decrease) bounds the step"),
+            "weight_decay": (me.weight_decay, 0, "the prior (loko_prior_tokens, a belief) takes its place"),
+            "label_smoothing_factor": (me.label_smoothing_factor, 0, "the filter observes the labels themselves"),
+            "fp16": (me.fp16, False, "use bf16=True"),
+            "deepspeed": (bool(me.deepspeed), False, "use DistributedDataParallel"),
+            "fsdp": (bool(me.fsdp), False, "use DistributedDataParallel"),
+        }
+        for name, (value, allowed, remedy) in refused.items():
+            if value != allowed:
+                raise ValueError(f"{name}={value} is not supported with optimizer='loko': {remedy}.")
+        if me.gradient_checkpointing:
+            given = me.gradient_checkpointing_kwargs or {}
+            chosen: dict[str, Any] = json.loads(given) if isinstance(given, str) else dict(given)
+            if chosen.setdefault("use_reentrant", False):
+                raise ValueError(
+                    "optimizer='loko' does not support reentrant gradient checkpointing; set "
+                    "gradient_checkpointing_kwargs={'use_reentrant': False}."
+                )
+            me.gradient_checkpointing_kwargs = chosen
+
     def _check_kalman(self) -> None:
         for name, choices in (
             ("loko_memory", MEMORIES),
@@ -113,6 +179,17 @@ class KalmanArguments:
             )
         if self.forgetting_budget is not None and self.source_heldout < 1:
             raise ValueError("forgetting_budget measures the source loss and needs source_heldout >= 1.")
+        for name in ("laplace_strength", "forgetting_budget"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be >= 0 and finite, got {value}.")
+        if self.laplace_rank < 1:
+            raise ValueError(f"laplace_rank must be >= 1, got {self.laplace_rank}.")
+        if self.laplace_form == "proximal" and (self.laplace_structure, self.laplace_space) == ("diagonal", "delta_w"):
+            raise ValueError(
+                "laplace_form='proximal' is not supported for laplace_structure='diagonal' in laplace_space="
+                "'delta_w'; use laplace_form='gradient' or laplace_structure='kronecker'."
+            )
         if min(self.source_samples, self.budget_steps) < 1 or self.source_heldout < 0:
             raise ValueError("source_samples and budget_steps must be >= 1, and source_heldout >= 0.")
         if self.uses_loko and self.laplace_form != "gradient":
@@ -146,50 +223,3 @@ class KalmanConfig(KalmanArguments, TrainingArguments):
     Raises:
         ValueError: Options that exclude each other, or a value that is out of range; the message says which.
     """
-
-    learning_rate: float | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Learning rate; defaults to 5e-5. With LoKO, scale of the step: 1."}
-    )
-    lr_scheduler_type: str | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Schedule of the learning rate; defaults to linear, constant with LoKO."}
-    )
-    max_grad_norm: float | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Largest gradient norm; defaults to 1.0. With LoKO it must be 0."}
-    )
-
-    def __post_init__(self) -> None:
-        loko = self.uses_loko
-        if self.learning_rate is None:
-            self.learning_rate = 1.0 if loko else 5e-5
-        if self.lr_scheduler_type is None:
-            self.lr_scheduler_type = "constant" if loko else "linear"
-        if self.max_grad_norm is None:
-            self.max_grad_norm = 0.0 if loko else 1.0
-        if self.optimizer and not loko:
-            self.optim = self.optimizer
-        self._check_kalman()
-        if loko:
-            self._check_loko()
-        super().__post_init__()
-
-    def _check_loko(self) -> None:
-        refused = {
-            "max_grad_norm": (self.max_grad_norm, 0, "the trust region (loko_max_decrease) bounds the step"),
-            "weight_decay": (self.weight_decay, 0, "the prior (loko_prior_tokens, a belief) takes its place"),
-            "label_smoothing_factor": (self.label_smoothing_factor, 0, "the filter observes the labels themselves"),
-            "fp16": (self.fp16, False, "use bf16=True"),
-            "deepspeed": (bool(self.deepspeed), False, "use DistributedDataParallel"),
-            "fsdp": (bool(self.fsdp), False, "use DistributedDataParallel"),
-        }
-        for name, (value, allowed, remedy) in refused.items():
-            if value != allowed:
-                raise ValueError(f"{name}={value} is not supported with optimizer='loko': {remedy}.")
-        if self.gradient_checkpointing:
-            given = self.gradient_checkpointing_kwargs or {}
-            chosen: dict[str, Any] = json.loads(given) if isinstance(given, str) else dict(given)
-            if chosen.setdefault("use_reentrant", False):
-                raise ValueError(
-                    "optimizer='loko' does not support reentrant gradient checkpointing; set "
-                    "gradient_checkpointing_kwargs={'use_reentrant': False}."
-                )
-            self.gradient_checkpointing_kwargs = chosen

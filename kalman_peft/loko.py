@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .distributed import all_sum_, world
-from .memories import DiagonalMemory, KroneckerMemory, Memory
+from .distributed import all_sum_, broadcast_, world
+from .memories import Memory
 from .observations import CategoricalObservation, infer_observation
+from .stacks import Stack, plan_stacks
 
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ class LoKO(torch.optim.Optimizer):
         tempering (`float`, *optional*, defaults to 1.0):
             Power on the likelihood, below 1 for correlated tokens or repeated epochs.
         forgetting (`float`, *optional*, defaults to 1.0):
-            Factor in (0, 1] on what was learned, per step; 1 forgets nothing, below 1 relaxes towards the prior.
+            Factor in (0, 1] on what was learned, per step; below 1 the precision (not the mean) relaxes towards
+            the prior.
         process_noise (`float`, *optional*, defaults to 0.0): Variance added to every weight, per step.
         max_decrease (`float`, *optional*, defaults to 1.0):
             Trust region: largest predicted decrease of the loss per step, g^T step, in nats per token.
@@ -102,44 +104,36 @@ class LoKO(torch.optim.Optimizer):
         max_kl: float | None = None,
         seed: int = 0,
     ):
-        _check(memory in MEMORIES, f"memory must be one of {MEMORIES}, got {memory!r}")
-        _check(rank >= 1, f"rank must be >= 1, got {rank}")
-        _check(curvature_every >= 1, f"curvature_every must be >= 1, got {curvature_every}")
         if prior_tokens is None:
             prior_tokens = 1e4 if observation.shift else 30.0
-        _check(first_draws >= 0, f"first_draws must be >= 0, got {first_draws}")
-        _check(0 <= trust_decay < math.inf, f"trust_decay must be >= 0 and finite, got {trust_decay}")
-        _check(_positive(prior_tokens), f"prior_tokens must be positive and finite, got {prior_tokens}")
-        _check(_positive(tempering), f"tempering must be positive and finite, got {tempering}")
-        _check(0 < forgetting <= 1, f"forgetting must be in (0, 1], got {forgetting}")
-        _check(0 <= process_noise < math.inf, f"process_noise must be >= 0 and finite, got {process_noise}")
-        for name, value in (("max_decrease", max_decrease), ("max_kl", max_kl)):
-            _check(value is None or _positive(value), f"{name} must be positive or None, got {value}")
-        named = [(n, p) for n, p in params if p.requires_grad]
-        _check(bool(named), "There is no trainable parameter; was the adapter loaded with `is_trainable=True`?")
         defaults = {
             "lr": 1.0,
+            "memory": memory,
+            "rank": rank,
+            "curvature_every": curvature_every,
+            "first_draws": first_draws,
+            "prior_tokens": prior_tokens,
             "tempering": tempering,
             "forgetting": forgetting,
             "process_noise": process_noise,
             "max_decrease": max_decrease,
             "trust_decay": trust_decay,
             "max_kl": max_kl,
-            "prior_tokens": prior_tokens,
-            "curvature_every": curvature_every,
-            "first_draws": first_draws,
-            "settled": False,
-            "memory": memory,
-            "rank": rank,
             "seed": seed,
-            "steps": 0,
-            "draws": 0,
-            "tokens": 0.0,
         }
-        super().__init__(named, defaults)
+        check_options(defaults)
+        params = list(params)
+        _check(
+            all(isinstance(entry, tuple) and len(entry) == 2 for entry in params),
+            "params must be (name, parameter) pairs, as from model.named_parameters()",
+        )
+        named = [(n, p) for n, p in params if p.requires_grad]
+        _check(bool(named), "There is no trainable parameter; was the adapter loaded with `is_trainable=True`?")
+        progress = {"settled": False, "steps": 0, "draws": 0, "tokens": 0.0}
+        super().__init__(named, defaults | progress)
         self.observation = observation
         self.diagnostics: dict[str, Tensor | float] = {}
-        self._stacks = _plan(self.param_groups[0], memory, dense_limit)
+        self._stacks = plan_stacks(self.param_groups[0], memory, dense_limit)
         prior_precision = prior_precision or {}
         for stack in self._stacks:
             memory_state = stack.create(rank)  # a prior of 0 stands for one that the first draw will settle
@@ -275,7 +269,9 @@ class LoKO(torch.optim.Optimizer):
         for j, stack in enumerate(self._stacks):
             memory, score = stack.memory, temper * scores[j]
             stack.kind.predict(memory, group["forgetting"], group["process_noise"])
-            if draws:
+            if draws:  # g^T P g before the data are taken in, and its expectation, which one draw estimates
+                total["innovation"] += (scores[j] * stack.kind.gain(memory, scores[j])[0]).sum()
+                total["expected"] += (draws[j] * stack.kind.gain(memory, draws[j])[0]).sum()
                 stack.kind.update(memory, draws[j][None], temper * interval)
             if pull is not None:
                 score -= stack.gather([pull.gradient.get(n) for n in stack.names])
@@ -286,11 +282,6 @@ class LoKO(torch.optim.Optimizer):
             total["decrease"] += (score * step).sum() / temper
             total["energy"] += energy / temper
             total["trace"] += stack.kind.trace(memory)
-            if draws:  # g^T P g, and its expectation under the model, which one draw estimates
-                total["innovation"] += (
-                    scores[j] * (stack.kind.gain(memory, scores[j])[0] if pull else step / temper)
-                ).sum()
-                total["expected"] += (draws[j] * stack.kind.gain(memory, draws[j])[0]).sum()
         scale, kl = self._trust(total["decrease"] / count, total["energy"] / (2 * group["tokens"]))
         for stack, step in zip(self._stacks, steps, strict=True):
             stack.add_to_params(step.mul_(scale * group["lr"]))
@@ -367,8 +358,9 @@ class LoKO(torch.optim.Optimizer):
 
     @belief_strength.setter
     def belief_strength(self, value: float) -> None:
-        if self._belief:
-            self._belief = (*self._belief[:2], value)
+        if self._belief is None:
+            raise ValueError("There is no belief whose strength could be set; call set_belief(belief) first.")
+        self._belief = (*self._belief[:2], value)
 
     def _prior_pull(self, count: float) -> "_Pull | None":
         """The belief's share of this step: `count` tokens' worth of its gradient and information."""
@@ -384,11 +376,27 @@ class LoKO(torch.optim.Optimizer):
 
     # -- state -----------------------------------------------------------------------------------------------------
 
-    def _adopt(self, stack: "_Stack", memory: Memory) -> None:
+    def _adopt(self, stack: "Stack", memory: Memory) -> None:
         """Keep the stacked tensors, and show each parameter its slice of them in `state`."""
         stack.memory = memory
         for j, p in enumerate(stack.params):
             self.state[p].update({key: tensor[j] for key, tensor in memory.items()})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Only from the constructor: the memory is laid out once.
+
+        Args:
+            param_group (`dict[str, Any]`): From the constructor.
+
+        Raises:
+            ValueError: Called later.
+        """
+        if self.param_groups:
+            raise ValueError("LoKO has one parameter group; create a new optimizer for other parameters.")
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("LoKO cannot be copied or pickled as an object; use state_dict() and load_state_dict().")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a saved filter bit for bit; torch would cast the state to the parameters' dtype.
@@ -400,6 +408,8 @@ class LoKO(torch.optim.Optimizer):
             ValueError: The saved filter has another memory, or other shapes.
         """
         saved = state_dict["param_groups"][0]
+        if "memory" not in saved:
+            raise ValueError("The saved optimizer state is not one of LoKO; resume with the optimizer that wrote it.")
         if saved["memory"] != self.param_groups[0]["memory"] or saved["rank"] != self.param_groups[0]["rank"]:
             raise ValueError(
                 f"The saved filter has memory {saved['memory']!r} of rank {saved['rank']}, this one "
@@ -422,6 +432,13 @@ class LoKO(torch.optim.Optimizer):
         for stack in self._stacks:
             for key, tensor in stack.memory.items():
                 tensor.copy_(torch.stack([entries[id(p)][key].to(tensor) for p in stack.params]))
+        own = self.param_groups[0]
+        moving = ("params", "param_names", "lr", "initial_lr", "settled", "steps", "draws", "tokens")
+        changed = {k: (own.get(k), v) for k, v in saved.items() if k not in moving and own.get(k) != v}
+        if changed:
+            logger.warning(
+                "LoKO goes on with the saved options: %s", {k: f"{v[1]}, not {v[0]}" for k, v in changed.items()}
+            )
         for own, theirs in zip(self.param_groups, state_dict["param_groups"], strict=True):
             own.update({k: v for k, v in theirs.items() if k not in ("params", "param_names")})
         self._clear()
@@ -432,55 +449,6 @@ class _Pull(NamedTuple):
 
     gradient: dict[str, Tensor]
     information: dict[str, Tensor]
-
-
-class _Stack:
-    """Parameters of one shape (up to transposition), seen as one tensor (n, o, i) with o <= i."""
-
-    def __init__(self, names: list[str], params: list[Tensor], transposed: list[bool], kind: type):
-        self.names, self.params, self.transposed, self.kind = names, params, transposed, kind
-        shape = params[0].shape[::-1] if transposed[0] else params[0].shape
-        self.shape = torch.Size((len(params), *shape))
-        dtype = torch.promote_types(params[0].dtype, torch.float32)
-        self.like = torch.zeros((), dtype=dtype, device=params[0].device)
-        self.memory: Memory = {}
-
-    def create(self, rank: int) -> Memory:
-        if self.kind is KroneckerMemory:
-            return KroneckerMemory.create(self.shape, self.like, rank)
-        return DiagonalMemory.create(self.shape, self.like)
-
-    def set_prior(self, memory: Memory, prior: Tensor) -> None:
-        self.kind.set_prior(memory, prior)
-
-    def zeros(self) -> Tensor:
-        return self.like.new_zeros(self.shape)
-
-    def gather(self, tensors: list[Tensor | None]) -> Tensor:
-        """Stack one tensor per parameter, missing ones as zero."""
-        out = self.zeros()
-        for row, tensor, turn in zip(out.unbind(0), tensors, self.transposed, strict=True):
-            if tensor is not None:
-                row.copy_(tensor.mT if turn else tensor)
-        return out
-
-    def add_to_params(self, step: Tensor) -> None:
-        for p, row, turn in zip(self.params, step.unbind(0), self.transposed, strict=True):
-            p.add_((row.mT if turn else row).to(p.dtype))
-
-
-def _plan(group: dict[str, Any], memory: str, dense_limit: int) -> list[_Stack]:
-    """Group the parameters by shape; LoRA's A (r, d) and B^T (r, d) share a stack."""
-    plans: dict[tuple, list[tuple[str, Tensor, bool]]] = {}
-    for name, p in zip(group["param_names"], group["params"], strict=True):
-        turn = p.dim() == 2 and p.shape[0] > p.shape[1]
-        shape = tuple(p.shape[::-1]) if turn else tuple(p.shape)
-        kronecker = memory == "kronecker" and p.dim() == 2 and shape[0] <= dense_limit
-        plans.setdefault((kronecker, shape, p.dtype, p.device), []).append((name, p, turn))
-    return [
-        _Stack(*map(list, zip(*rows, strict=True)), KroneckerMemory if kronecker else DiagonalMemory)  # type: ignore
-        for (kronecker, *_), rows in plans.items()
-    ]
 
 
 def create_loko_optimizer(
@@ -514,6 +482,7 @@ def create_loko_optimizer(
     from .adapters import AdapterState
 
     state = AdapterState(model, adapter_name, warn_excluded=False)
+    broadcast_(p.detach() for p in state.model.parameters() if p.requires_grad)  # one start for all processes
     factors = {id(p): key for key, p in state.parameters().items()}
     random_start = {id(pair.a) for pair in state}
     named, prior = [], {}
@@ -525,16 +494,35 @@ def create_loko_optimizer(
             prior[key] = 1 / spread if spread > 0 else None
     optimizer = LoKO(named, observation or infer_observation(state.model), prior_precision=prior, **options)
     if belief is not None:
+        belief.check(model, state.adapter_name)
         optimizer.set_belief(belief, belief_strength, belief_mode)
     return optimizer
 
 
+def check_options(options: dict[str, Any], prefix: str = "") -> None:
+    """Raise ValueError for the first option of LoKO that is out of its range.
+
+    Args:
+        options (`dict[str, Any]`): By name, as in [`LoKO`].
+        prefix (`str`, *optional*, defaults to `""`): Put before the name in the message.
+    """
+    whole = {"rank": 1, "curvature_every": 1, "first_draws": 0}
+    for name, value in options.items():
+        shown = f"{prefix}{name}"
+        if name == "memory":
+            _check(value in MEMORIES, f"{shown} must be one of {MEMORIES}, got {value!r}")
+        elif name in whole:
+            _check(value >= whole[name], f"{shown} must be >= {whole[name]}, got {value}")
+        elif name == "forgetting":
+            _check(0 < value <= 1, f"{shown} must be in (0, 1], got {value}")
+        elif name in ("process_noise", "trust_decay"):
+            _check(0 <= value < math.inf, f"{shown} must be >= 0 and finite, got {value}")
+        elif name in ("max_decrease", "max_kl", "prior_tokens", "tempering") and value is not None:
+            _check(0 < value < math.inf, f"{shown} must be positive and finite, got {value}")
+
+
 def _norm(tensors: list[Tensor]) -> Tensor:
     return torch.stack([t.norm() for t in tensors]).norm()
-
-
-def _positive(value: float) -> bool:
-    return 0 < value < math.inf
 
 
 def _check(condition: bool, message: str) -> None:

@@ -47,7 +47,14 @@ class CategoricalObservation:
         labels = labels.to(logits.device)
         if self.shift:
             labels = torch.cat([labels[..., 1:], labels.new_full((*labels.shape[:-1], 1), IGNORE_INDEX)], dim=-1)
-        return labels.reshape(-1).long()
+        targets = labels.reshape(-1).long()
+        seen = targets[targets.ne(IGNORE_INDEX)]
+        if len(seen) and (seen.min() < 0 or seen.max() >= logits.shape[-1]):
+            raise ValueError(
+                f"Labels range over [{seen.min().item()}, {seen.max().item()}], outside the {logits.shape[-1]} "
+                "classes of the logits; mark labels that do not count with -100."
+            )
+        return targets
 
     def positions(self, labels: Tensor, attention_mask: Tensor | None) -> Tensor | None:
         """Positions whose activations can carry a gradient: real tokens, and for causal models before the last label.
@@ -101,24 +108,19 @@ def infer_observation(model: nn.Module) -> CategoricalObservation:
     )
 
 
-def sample_rows(logits: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-    """Draw one label per row from softmax(logits), by inversion of a two-level cumulative sum.
+def invert_cdf(probabilities: Tensor, generator: torch.Generator | None = None, block: int = 256) -> Tensor:
+    """Draw one index per row of probabilities, by inversion of a two-level cumulative sum.
 
     `torch.multinomial` needs a random number per entry of the vocabulary, this one per row.
 
     Args:
-        logits (`Tensor`): Float32 rows, shape (N, V).
-        generator (`torch.Generator`, *optional*): On the CPU or the logits' device.
+        probabilities (`Tensor`): Float32 rows that sum to one, shape (N, V).
+        generator (`torch.Generator`, *optional*): On the CPU or the device of the probabilities.
+        block (`int`, *optional*, defaults to 256): Width of the lower level.
 
     Returns:
-        `tuple[Tensor, Tensor]`: The draws, shape (N,), int64; the probabilities, shape (N, V).
+        `Tensor`: Indices, shape (N,), int64; none without probability.
     """
-    probabilities = logits.softmax(-1)
-    return invert_cdf(probabilities, generator), probabilities
-
-
-def invert_cdf(probabilities: Tensor, generator: torch.Generator | None = None, block: int = 256) -> Tensor:
-    """Draw one index per row of `probabilities` (N, V); see `sample_rows`."""
     rows, width = probabilities.shape
     device = generator.device if generator is not None else probabilities.device
     u = torch.rand(rows, generator=generator, device=device, dtype=probabilities.dtype).to(probabilities.device)

@@ -12,7 +12,7 @@ from transformers import Trainer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from .belief import BELIEF_CONFIG, Belief, _atomically
+from .belief import BELIEF_CONFIG, Belief, write_atomically
 from .callbacks import LaplaceCallback, refuse_scaled_or_sharded
 from .card import write_model_card
 from .config import KalmanArguments
@@ -20,7 +20,7 @@ from .curvature.fisher import default_forward
 from .distributed import all_sum_, world
 from .laplace import ForgettingBudget
 from .loko import LoKO, create_loko_optimizer
-from .observations import infer_observation, negative_log_likelihood
+from .observations import IGNORE_INDEX, infer_observation, negative_log_likelihood
 
 
 logger = logging.get_logger(__name__)
@@ -87,13 +87,16 @@ class KalmanMixin(_TrainerBase):
         self._source_loss_start: float | None = None
         self._source_loss: float | None = None
         self._budget_step = -1
-        if args.uses_loko and (kwargs.get("optimizers", (None, None))[0] is not None):
+        given = kwargs.get("optimizers", (None, None))[0]
+        if args.uses_loko and given is not None:
             raise ValueError("optimizer='loko' and `optimizers=` exclude each other.")
+        if isinstance(given, LoKO):
+            raise ValueError("Pass KalmanConfig(optimizer='loko', loko_...=...) rather than a LoKO in `optimizers=`.")
         if args.uses_loko and kwargs.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func is not supported with optimizer='loko': it observes the labels.")
         super().__init__(model, cast(Any, args), *posargs, **kwargs)
         if args.uses_loko or self._has_source:
-            refuse_scaled_or_sharded(self.args, type(self).__name__)
+            refuse_scaled_or_sharded(self.args, type(self).__name__, self.accelerator)
             if self.args.n_gpu > 1:
                 raise ValueError("DataParallel is not supported; start one process per GPU with `accelerate launch`.")
         if belief is not None:
@@ -127,11 +130,17 @@ class KalmanMixin(_TrainerBase):
         return output
 
     def _prepare_belief(self, checkpoint: Path | None) -> None:
-        if not self._has_source:
-            return
         device = self.args.device
         if checkpoint is not None and (checkpoint / BELIEF_CONFIG).is_file():
+            # The belief belongs to the run that is resumed: also where no source data are given any more.
             self.belief = Belief.from_pretrained(checkpoint, device=device)
+            found = (self.belief.precision.structure, self.belief.precision.space)
+            if found != (self.args.laplace_structure, self.args.laplace_space):
+                logger.warning(
+                    f"Going on with the checkpoint's belief ({found[0]} in {found[1]} space), not a new one."
+                )
+        elif not self._has_source:
+            return
         elif self.belief is None:
             options = {
                 name: getattr(self.args, f"laplace_{name}") for name in ("structure", "space", "fisher", "rank")
@@ -147,12 +156,15 @@ class KalmanMixin(_TrainerBase):
         self.belief = self.belief.to(device)
         if self._source_heldout is not None:
             self._measure_source()
-            self._source_loss_start = self._source_loss
+            if self._source_loss_start is None:  # a second call of train() goes on from the first
+                self._source_loss_start = self._source_loss
         if checkpoint is not None and (checkpoint / STATE_FILE).is_file():
             self._restore(json.loads((checkpoint / STATE_FILE).read_text()))
         if not self.args.uses_loko and self._laplace is None:
             self._laplace = LaplaceCallback(self.belief, self.laplace_strength, form=self.args.laplace_form)
             self.add_callback(self._laplace)
+        if self._kalman is not None:  # made before the belief was, by create_optimizer()
+            self._kalman.set_belief(self.belief, self.laplace_strength, self.args.loko_belief_mode)
         self._apply_strength(self.laplace_strength)
 
     def _source_dataloader(self, dataset: Any) -> DataLoader:
@@ -164,6 +176,7 @@ class KalmanMixin(_TrainerBase):
             batch_size=self.args.per_device_eval_batch_size,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
+            generator=torch.Generator(),  # reading the source must not move the run's random state
         )
 
     @torch.no_grad()
@@ -179,6 +192,8 @@ class KalmanMixin(_TrainerBase):
                 if index % size != rank:
                     continue
                 batch = self._prepare_inputs(batch)
+                if batch.get("labels") is None:
+                    raise ValueError(f"A batch of `source_dataset` has no `labels` (keys: {sorted(batch)}).")
                 with self.compute_loss_context_manager():
                     logits = default_forward(model, batch)
                 total, count = negative_log_likelihood(logits, batch["labels"], observation)
@@ -213,7 +228,7 @@ class KalmanMixin(_TrainerBase):
         self.laplace_strength = strength
         if self._laplace is not None:
             self._laplace.strength = strength
-        if isinstance(self._kalman, LoKO):
+        if self._kalman is not None:
             self._kalman.belief_strength = strength
 
     # -- Kalman optimizer ------------------------------------------------------------------------------------------
@@ -268,7 +283,7 @@ class KalmanMixin(_TrainerBase):
         loss = optimizer.observe(logits, inputs["labels"])
         if num_items_in_batch is None:
             return loss / self.current_gradient_accumulation_steps
-        count = inputs["labels"].ne(-100).sum()
+        count = optimizer.observation.targets(logits, inputs["labels"]).ne(IGNORE_INDEX).sum()
         scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         return loss * count * scale / num_items_in_batch
 
@@ -312,17 +327,23 @@ class KalmanMixin(_TrainerBase):
                 "source_loss_start": self._source_loss_start,
                 "budget_step": self._budget_step,
             }
-            _atomically(folder / STATE_FILE, lambda p: p.write_text(json.dumps(state, indent=2) + "\n"))
+            write_atomically(folder / STATE_FILE, lambda p: p.write_text(json.dumps(state, indent=2) + "\n"))
 
     def _restore(self, state: dict[str, Any]) -> None:
         self._source_loss_start = state["source_loss_start"]
         if self._budget is not None:
             self._budget.strength = self.laplace_strength = state["laplace_strength"]
             self._budget_step = state["budget_step"]
+        elif self.args.laplace_strength is None:
+            self.laplace_strength = state["laplace_strength"]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """A model card that names the optimizer, the belief and the measured forgetting."""
-        if self.is_world_process_zero():
+        from peft import PeftModel
+
+        if not isinstance(self.accelerator.unwrap_model(self.model), PeftModel):
+            super().create_model_card(*args, **kwargs)
+        elif self.is_world_process_zero():
             write_model_card(self, os.path.join(self.args.output_dir, "README.md"), *args, **kwargs)
 
 
@@ -340,7 +361,8 @@ class KalmanTrainer(KalmanMixin, Trainer):
         data_collator=DataCollatorForSeq2Seq(tokenizer),
     )
     trainer.train()
-    trainer.save_model()  # adapter, belief and model card
+    trainer.save_model()  # adapter and belief
+    trainer.create_model_card()
     ```
 
     See [`KalmanMixin`] for the arguments it adds to those of the Trainer.
@@ -365,7 +387,7 @@ def _split_source(dataset: Any, args: KalmanArguments, belief: Belief | None) ->
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise ValueError("`source_dataset` must be a map-style dataset; streaming ones are not supported yet.")
     size, heldout = len(dataset), args.source_heldout
-    if size <= heldout:
+    if size < heldout or (belief is None and size == heldout):
         raise ValueError(
             f"`source_dataset` has {size} sequences, of which source_heldout={heldout} are held out, so none is left "
             "for the curvature; give more data or a smaller source_heldout."

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from kalman_peft import AdapterState, estimate_curvature
 from kalman_peft.curvature.fisher import scoring
 from kalman_peft.curvature.taps import tapped
-from kalman_peft.observations import CategoricalObservation, sample_rows
+from kalman_peft.observations import CategoricalObservation, invert_cdf
 
 
 def shifted_log_likelihood(model, batch, row):
@@ -298,6 +298,21 @@ def test_frozen_adapter_can_be_measured(batch):
     assert not any(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.parametrize("require_grads", [False, True])
+def test_raises_when_the_adapter_is_merged_disabled_or_not_active(batch, require_grads):
+    model = make_lora_llama()
+    model.add_adapter("other", model.peft_config["default"])
+    if require_grads:
+        model.enable_input_require_grads()
+    with pytest.raises(ValueError, match="No gradient reaches adapter 'other'"):
+        estimate_curvature(model, [batch], adapter_name="other", progress_bar=False)
+    with model.disable_adapter(), pytest.raises(ValueError, match="No gradient reaches"):
+        estimate_curvature(model, [batch], progress_bar=False)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="unmerge_adapter"):
+        estimate_curvature(model, [batch], progress_bar=False)
+
+
 @pytest.mark.parametrize("loader", [[], [make_batch(prompt=6)]])
 def test_raises_when_nothing_is_observed(loader):
     with pytest.raises(ValueError, match="held no labels"):
@@ -347,7 +362,8 @@ def test_sampler_draws_from_the_softmax():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(1, 700, generator=generator).mul(2)
     logits[0, 100:300] = -torch.inf
-    draws, p = sample_rows(logits.expand(200_000, -1), generator)
+    p = logits.softmax(-1).expand(200_000, -1)
+    draws = invert_cdf(p, generator)
     frequency = torch.bincount(draws, minlength=700) / len(draws)
     assert frequency[100:300].sum() == 0
     # chi-square with 499 degrees of freedom

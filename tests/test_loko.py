@@ -306,6 +306,47 @@ def test_raises_when_the_saved_filter_does_not_fit():
         create_loko_optimizer(make_lora_llama(r=2), memory="diagonal").load_state_dict(saved)
 
 
+def test_raises_when_the_state_is_foreign_or_the_optimizer_is_copied(batch):
+    model = make_lora_llama()
+    optimizer = create_loko_optimizer(model)
+    foreign = torch.optim.AdamW(AdapterState(model).parameters().values()).state_dict()
+    with pytest.raises(ValueError, match="not one of LoKO"):
+        optimizer.load_state_dict(foreign)
+    with pytest.raises(TypeError, match="state_dict"):
+        copy.deepcopy(optimizer)
+    with pytest.raises(ValueError, match="one parameter group"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+    with pytest.raises(ValueError, match="named_parameters"):
+        LoKO(model.parameters(), CategoricalObservation(shift=True))
+    with pytest.raises(ValueError, match=r"set_belief"):
+        optimizer.belief_strength = 1.0
+
+
+def test_raises_when_the_belief_is_over_another_adapter():
+    belief = diagonal_belief(make_lora_llama(r=2))
+    with pytest.raises(ValueError, match="use the rank"):
+        create_loko_optimizer(make_lora_llama(r=3), belief=belief)
+
+
+def test_innovation_is_one_for_labels_that_the_model_expects():
+    # Labels drawn from the model itself: the score is distributed as the draws are.
+    model = make_lora_llama(torch.float64)
+    ratios = []
+    for seed in range(40):
+        batch = make_batch(lengths=(8, 8, 8), seed=seed)
+        logits = model(input_ids=batch["input_ids"]).logits
+        generator = torch.Generator().manual_seed(1000 + seed)
+        drawn = torch.multinomial(logits.detach().softmax(-1).reshape(-1, 17), 1, generator=generator).view(3, 8)
+        labels = torch.cat([torch.full((3, 1), -100), drawn[:, :-1]], dim=1)
+        optimizer = create_loko_optimizer(
+            model, memory="diagonal", seed=seed, tempering=0.1, first_draws=1, max_decrease=1e-9
+        )
+        optimizer.observe(logits, labels)
+        optimizer.step()
+        ratios.append(float(optimizer.diagnostics["innovation"]))
+    assert 0.5 < sorted(ratios)[20] < 2.0
+
+
 def test_raises_without_a_trainable_parameter():
     model = make_lora_llama()
     model.requires_grad_(False)

@@ -114,8 +114,65 @@ def test_result_does_not_depend_on_gradient_accumulation(tmp_path, tokenizer, op
                 stack.set_prior(stack.memory, torch.full((stack.shape[0],), 200.0))
             kalman.param_groups[0].update(steps=1, curvature_every=1000, first_draws=0, tokens=1.0, settled=True)
         run.train()
+        if optimizer == "loko":
+            assert run._kalman.belief_strength == 5.0
         results.append(weights(run))
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-6)
+
+
+def test_resume_without_source_keeps_the_belief(tmp_path, tokenizer):
+    for optimizer in ("adamw_torch", "loko"):
+        folder = tmp_path / optimizer
+        whole = trainer(folder, tokenizer, source=dataset(12, seed=9), optimizer=optimizer, laplace_strength=30.0)
+        whole.train()
+        resumed = trainer(folder / "again", tokenizer, optimizer=optimizer)
+        resumed.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+        assert resumed.laplace_strength == 30.0
+        assert torch.equal(weights(whole), weights(resumed))
+
+
+def test_a_filter_made_before_training_gets_the_belief(tmp_path, tokenizer):
+    run = trainer(tmp_path, tokenizer, source=dataset(12, seed=9), optimizer="loko", laplace_strength=7.0)
+    run.create_optimizer()
+    run.train()
+    assert run._kalman.belief_strength == 7.0
+    assert any("laplace/drift" in e for e in run.state.log_history)
+
+
+def test_first_logged_loss_is_that_of_the_trainer(tmp_path, tokenizer):
+    # Labels from the first position on, which no causal logits explain.
+    losses = []
+    for optimizer in ("adamw_torch", "loko"):
+        run = trainer(tmp_path, tokenizer, train=dataset(4, prompt=0), optimizer=optimizer, max_steps=1)
+        run.train()
+        losses.append(run.state.log_history[0]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_mixin_arguments_go_before_any_training_arguments(tmp_path):
+    from dataclasses import dataclass
+
+    from transformers import Seq2SeqTrainingArguments
+
+    from kalman_peft.config import KalmanArguments
+
+    @dataclass
+    class Arguments(KalmanArguments, Seq2SeqTrainingArguments):
+        pass
+
+    args = Arguments(str(tmp_path), optimizer="loko", use_cpu=True)
+    assert (args.learning_rate, args.max_grad_norm, args.lr_scheduler_type) == (1.0, 0.0, "constant")
+    assert Arguments(str(tmp_path), optimizer="sgd", use_cpu=True).optim == "sgd"
+    with pytest.raises(ValueError, match="laplace_structure must be one of"):
+        Arguments(str(tmp_path), laplace_structure="nonsense", use_cpu=True)
+    assert KalmanArguments().learning_rate == 5e-5
+
+
+def test_warns_of_options_without_effect(tmp_path):
+    with pytest.warns(UserWarning, match="loko_rank: no effect without optimizer='loko'"):
+        KalmanConfig(str(tmp_path), loko_rank=4, use_cpu=True)
+    with pytest.warns(UserWarning, match="scales LoKO's step"):
+        KalmanConfig(str(tmp_path), optimizer="loko", learning_rate=2e-4, use_cpu=True)
 
 
 def test_penalty_is_added_once_and_exactly(tmp_path, tokenizer):
@@ -143,10 +200,13 @@ def test_penalty_is_added_once_and_exactly(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("form", ["gradient", "proximal"])
 def test_strength_limits(tmp_path, tokenizer, form):
+    def model():
+        return make_lora_llama(torch.float32, attn="sdpa", random_b=False, lora_dropout=0.3)
+
     source = dataset(12, seed=9)
-    free = trainer(tmp_path / "free", tokenizer)
+    free = trainer(tmp_path / "free", tokenizer, model())
     free.train()
-    zero = trainer(tmp_path / "zero", tokenizer, source=source, laplace_strength=0.0, laplace_form=form)
+    zero = trainer(tmp_path / "zero", tokenizer, model(), source=source, laplace_strength=0.0, laplace_form=form)
     zero.train()
     assert torch.equal(weights(free), weights(zero))  # bit for bit
     if form == "proximal":
@@ -279,6 +339,10 @@ def test_sequence_classification(tmp_path, tokenizer):
         ({"laplace_structure": "dense"}, "laplace_structure must be one of"),
         ({"loko_memory": "full"}, "loko_memory must be one of"),
         ({"source_samples": 0}, "source_samples"),
+        ({"laplace_strength": -1.0}, "laplace_strength must be >= 0"),
+        ({"laplace_rank": 0}, "laplace_rank must be"),
+        ({"optimizer": "loko", "loko_forgetting": 2.0}, "loko_forgetting must be in"),
+        ({"laplace_form": "proximal", "laplace_structure": "diagonal"}, "not supported for laplace_structure='diagonal'"),
     ],
 )  # fmt: skip
 def test_raises_when_the_config_contradicts_itself(tmp_path, kwargs, match):

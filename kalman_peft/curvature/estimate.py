@@ -16,7 +16,7 @@ from ..observations import CategoricalObservation, infer_observation
 from ..precision import Precision
 from .accumulators import accumulator_bytes, make_accumulator
 from .fisher import FISHERS, backward_scores, default_forward, score_cotangents, scoring
-from .taps import tapped
+from .taps import Side, tapped
 
 
 logger = logging.getLogger(__name__)
@@ -24,6 +24,10 @@ logger = logging.getLogger(__name__)
 STRUCTURES = ("diagonal", "kronecker")
 SPACES = ("adapter", "delta_w")
 _WARN_BYTES = 2**30
+_NOT_REACHED = (
+    "No gradient reaches adapter {!r}, so that there is no curvature to measure. It may be merged (call "
+    "`unmerge_adapter()`), disabled, or not the active one (call `set_adapter`)."
+)
 
 
 def estimate_curvature(
@@ -102,11 +106,17 @@ def estimate_curvature(
     accumulator = make_accumulator(state, structure, space, weight=1 / num_samples, rank=rank, dense_limit=dense_limit)
     device = state.pairs[0].a.device
     counts = torch.zeros(3, dtype=torch.float64)  # tokens, sequences, batches
+    fired = torch.zeros(len(state), device=device)  # how often each layer was tapped
+
+    def handle(index: int, side: Side, inputs: Tensor, grads: Tensor) -> None:
+        fired[index] += 1
+        accumulator.handle(index, side, inputs, grads)
+
     process, processes = world()
     if _is_prepared(dataloader):
         process, processes = 0, 1  # each process already sees its own batches
     failure: Exception | None = None
-    with scoring(state), tapped(state, accumulator.handle):
+    with scoring(state), tapped(state, handle):
         batches = tqdm(
             islice(enumerate(dataloader), max_batches),
             total=_length(dataloader, max_batches),
@@ -125,6 +135,8 @@ def estimate_curvature(
                 cotangents, observed, _ = score_cotangents(
                     logits, labels, observation, [fisher] * num_samples, generator
                 )
+                if observed and not logits.requires_grad:
+                    raise ValueError(_NOT_REACHED.format(state.adapter_name))
                 if observed:
                     with _full_precision(device):  # a caller's autocast is for the forward pass, not for our sums
                         backward_scores(logits, cotangents, num_samples)
@@ -136,13 +148,14 @@ def estimate_curvature(
         raise failure or RuntimeError("Curvature estimation failed on another process; its error is in its output.")
 
     counts = counts.to(device, torch.float32 if device.type == "mps" else torch.float64)
-    all_sum_([counts, *accumulator.sums()])
+    all_sum_([counts, fired, *accumulator.sums()])
     num_tokens, num_sequences, num_batches = counts.tolist()
     if num_tokens == 0:
         raise ValueError(
             "The dataloader for the curvature held no labels: it is empty, or all labels are -100. Give batches with "
             "`labels`; a sequence longer than the prompt is needed for supervised data."
         )
+    _check_taps(state, fired)
     if not all(torch.isfinite(t).all() for t in accumulator.sums()):
         raise ValueError("The curvature contains NaN or Inf; check the source data and the model's dtype.")
     with _full_precision(device):
@@ -173,7 +186,19 @@ def refuse_nonlinear_merge(state: AdapterState) -> None:
     if unmergeable:
         raise ValueError(
             f"space='delta_w' needs updates of the form scaling * B A, which {unmergeable[0]} is not (a LoRA variant "
-            "such as DoRA). Use space='adapter'."
+            "such as DoRA). Use space='adapter' (laplace_space='adapter' in KalmanConfig)."
+        )
+
+
+def _check_taps(state: AdapterState, fired: Tensor) -> None:
+    if not fired.any():
+        raise ValueError(_NOT_REACHED.format(state.adapter_name))
+    silent = [pair.name for pair, times in zip(state, fired.tolist(), strict=True) if not times]
+    if silent:
+        warnings.warn(
+            f"No gradient passed through {len(silent)} adapted layers ({silent[0]}, ...): their curvature is zero and "
+            "they are not protected. Give more source data if they are experts that were not chosen.",
+            stacklevel=3,
         )
 
 
@@ -207,6 +232,6 @@ def _length(dataloader: Iterable, max_batches: int | None) -> int | None:
 def _to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     if not isinstance(batch, Mapping):
         raise TypeError(f"Batches must be mappings with `labels`, got {type(batch).__name__}.")
-    if "labels" not in batch:
+    if batch.get("labels") is None:
         raise ValueError(f"A batch has no `labels` (keys: {sorted(batch)}); curvature needs to know what is observed.")
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}

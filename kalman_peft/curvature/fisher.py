@@ -46,11 +46,6 @@ def score_cotangents(
     targets = targets[rows]
     if not len(rows):
         return iter(()), 0, logits.new_zeros(())
-    if targets.min() < 0 or targets.max() >= logits.shape[-1]:
-        raise ValueError(
-            f"Labels range over [{targets.min().item()}, {targets.max().item()}], outside the {logits.shape[-1]} "
-            "classes of the logits; mark labels that do not count with -100."
-        )
     flat = logits.detach().reshape(-1, logits.shape[-1])
     log_p = flat[rows].to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)  # (N, V)
     own = torch.arange(len(rows), device=rows.device)

@@ -61,11 +61,6 @@ class Precision(ABC):
     def to(self, device: torch.device | str) -> Self:
         """A copy on `device` (itself if it is there already)."""
 
-    @property
-    @abstractmethod
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """Shapes of what is covered: adapter key -> factor's shape, or module name -> (d_out, d_in) in delta_w."""
-
     def energy(self, state: State, mean: State) -> Tensor:
         """The energy R, a scalar tensor."""
         return self.energy_and_gradient(state, mean)[0]

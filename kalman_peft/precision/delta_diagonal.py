@@ -78,8 +78,3 @@ class DeltaDiagonalPrecision(Precision):
     def to(self, device: torch.device | str) -> Self:
         """See `Precision.to`."""
         return type(self)({name: f.to(device) for name, f in self.entries.items()}, self.scaling)
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """Module name -> (d_out, d_in)."""
-        return {name: (f.shape[0], f.shape[1]) for name, f in self.entries.items()}

@@ -112,11 +112,6 @@ class DeltaKroneckerPrecision(Precision):
         """See `Precision.to`."""
         return type(self)(self.blocks.to(device), self.scaling)
 
-    @property
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """Module name -> (d_out, d_in)."""
-        return self.blocks.shapes
-
 
 def _around(a: Tensor, b: Tensor, mean: State, names: list[str]) -> tuple[Tensor, Tensor]:
     """[A; A_0] and [B, -B_0], without the start where all of it is zero."""

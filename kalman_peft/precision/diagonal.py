@@ -54,8 +54,3 @@ class DiagonalPrecision(Precision):
     def to(self, device: torch.device | str) -> Self:
         """See `Precision.to`."""
         return type(self)({key: f.to(device) for key, f in self.entries.items()})
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """Adapter key -> factor's shape."""
-        return {key: (f.shape[0], f.shape[1]) for key, f in self.entries.items()}

@@ -62,11 +62,6 @@ class KroneckerBlocks:
         """The blocks on `device`."""
         return type(self)({name: (left.to(device), right.to(device)) for name, (left, right) in self.items().items()})
 
-    @property
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """Name -> (side of the left factor, side of the right factor)."""
-        return {name: (left.size, right.size) for name, (left, right) in self.items().items()}
-
 
 class KroneckerPrecision(Precision):
     """R = 1/2 sum_M tr[(M - M_0)^T L (M - M_0) R].
@@ -118,8 +113,3 @@ class KroneckerPrecision(Precision):
     def to(self, device: torch.device | str) -> Self:
         """See `Precision.to`."""
         return type(self)(self.blocks.to(device))
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """Adapter key -> factor's shape."""
-        return self.blocks.shapes
