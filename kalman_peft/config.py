@@ -43,7 +43,8 @@ class KalmanArguments:
     Args:
         laplace_strength (`float`, *optional*):
             lambda, weight of a source token relative to a target token. 0 switches the regulariser off. Defaults to
-            100, unless `forgetting_budget` is given.
+            100, with LoKO (whose step does not rescale the penalty as Adam's does) to 10, unless `forgetting_budget`
+            is given.
         forgetting_budget (`float`, *optional*):
             Instead of a strength: allowed rise of the held-out source loss, in nats per token.
         budget_steps (`int`, *optional*, defaults to 10): Measure the source loss at every n-th step.
@@ -83,7 +84,8 @@ class KalmanArguments:
         default="factor", metadata={"help": "How LoKO takes a belief as prior: 'factor' or 'penalty'."}
     )
     laplace_strength: float | None = field(
-        default=None, metadata={"help": "Weight of a source token relative to a target token; defaults to 100."}
+        default=None,
+        metadata={"help": "Weight of a source token relative to a target token; defaults to 100, with LoKO to 10."},
     )
     forgetting_budget: float | None = field(
         default=None, metadata={"help": "Allowed rise of the source loss in nats per token, instead of a strength."}

@@ -25,7 +25,9 @@ from .observations import IGNORE_INDEX, infer_observation, negative_log_likeliho
 
 logger = logging.get_logger(__name__)
 
-DEFAULT_STRENGTH = 100.0
+# Adam divides the penalty's gradient by the size of all gradients, so that its useful weight is larger than that of
+# the Kalman step, which does not. Both were chosen on SmolLM2-135M with GSM8K (the README's figure).
+DEFAULT_STRENGTH, DEFAULT_STRENGTH_LOKO = 100.0, 10.0
 STATE_FILE = "kalman_state.json"
 
 
@@ -81,7 +83,9 @@ class KalmanMixin(_TrainerBase):
         if args.forgetting_budget is not None and source_dataset is None:
             raise ValueError("forgetting_budget measures the loss on held-out source data; pass `source_dataset=`.")
         self._budget = ForgettingBudget(args.forgetting_budget) if args.forgetting_budget is not None else None
-        strength = DEFAULT_STRENGTH if args.laplace_strength is None else args.laplace_strength
+        strength = args.laplace_strength
+        if strength is None:
+            strength = DEFAULT_STRENGTH_LOKO if args.uses_loko else DEFAULT_STRENGTH
         self.laplace_strength: float = self._budget.strength if self._budget else strength
         self._laplace: LaplaceCallback | None = None
         self._source_loss_start: float | None = None

@@ -77,7 +77,7 @@ class Options:
         default_factory=lambda: ["lora", "lalora", "kalman"], metadata={"help": f"Of {', '.join(LABELS)}."}
     )
     output_dir: str = field(default="outputs/llama_math", metadata={"help": "Where everything is written."})
-    max_steps: int = field(default=40, metadata={"help": "Optimizer steps."})
+    max_steps: int = field(default=36, metadata={"help": "Optimizer steps."})
     batch_size: int = field(default=4, metadata={"help": "Sequences per process and micro-batch."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Micro-batches per step."})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Trade time for memory."})
@@ -85,7 +85,9 @@ class Options:
     lr_scheduler: str = field(default="linear", metadata={"help": "Schedule of AdamW's learning rate."})
     r: int = field(default=8, metadata={"help": "Rank of the adapter, on all linear layers."})
     lora_alpha: int = field(default=16, metadata={"help": "Scale of the adapter times r."})
-    laplace_strength: float | None = field(default=None, metadata={"help": "Strength of LaLoRA; defaults to 100."})
+    laplace_strength: float | None = field(
+        default=None, metadata={"help": "Strength of LaLoRA; defaults to 100, with LoKO to 10."}
+    )
     forgetting_budget: float | None = field(
         default=None, metadata={"help": "Instead of a strength: allowed rise of the source loss, nats per token."}
     )
@@ -94,9 +96,9 @@ class Options:
     loko_curvature_every: int = field(default=4, metadata={"help": "Steps between LoKO's curvature draws."})
     max_length: int = field(default=384, metadata={"help": "Tokens per target sequence; longer ones are cut."})
     source_length: int = field(default=256, metadata={"help": "Tokens per source sequence."})
-    eval_items: int = field(default=48, metadata={"help": "Held-out target problems for loss and forced accuracy."})
-    generate_items: int = field(default=12, metadata={"help": "Held-out target problems answered by generation."})
-    source_items: int = field(default=16, metadata={"help": "Held-out texts per source."})
+    eval_items: int = field(default=40, metadata={"help": "Held-out target problems for loss and forced accuracy."})
+    generate_items: int = field(default=8, metadata={"help": "Held-out target problems answered by generation."})
+    source_items: int = field(default=12, metadata={"help": "Held-out texts per source."})
     choice_items: int = field(default=32, metadata={"help": "Items of each multiple-choice task."})
     curve_points: int = field(default=2, metadata={"help": "Light evaluations while training, for the pictures."})
     bf16: bool = field(default=True, metadata={"help": "Load the base model in bfloat16."})
