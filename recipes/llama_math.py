@@ -376,6 +376,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the job."""
     options = parse(sys.argv[1:] if arguments is None else arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    PartialState(cpu=not torch.cuda.is_available())  # joins the process group, if there is one
     if options.threads or not torch.cuda.is_available():  # a launcher may have set a single thread
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(options.threads or max(cores // PartialState().num_processes, 1))
