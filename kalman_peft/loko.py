@@ -160,7 +160,8 @@ class LoKO(torch.optim.Optimizer):
         """Steps that a draw at the step just counted stands for: until the next one."""
         group = self.param_groups[0]
         step = group["steps"] - 1
-        return next(n for n in range(1, group["curvature_every"] + 1) if self._is_drawing(step + n))
+        every = group["curvature_every"]
+        return 1 if step + 1 < group["first_draws"] else every - step % every
 
     def observe(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Take the scores of a batch, by one or two backward passes through `logits`; calls accumulate until `step`.

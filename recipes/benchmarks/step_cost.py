@@ -121,9 +121,8 @@ def variants(model: Any, batch: dict[str, Tensor]) -> dict[str, Callable[[], Non
             stack.set_prior(stack.memory, torch.full((stack.shape[0],), 1e6, device=stack.like.device))
 
         def run() -> None:
-            optimizer.param_groups[0].update(
-                steps=0 if draw else 1, curvature_every=1 if draw else 10**9, settled=True
-            )
+            schedule = {"steps": 0, "curvature_every": 1} if draw else {"steps": 1, "curvature_every": 10**9}
+            optimizer.param_groups[0].update(schedule, first_draws=0, settled=True)
             optimizer.observe(model(**inputs).logits, batch["labels"])
             optimizer.step()
             state.load(start)
