@@ -129,7 +129,7 @@ class LoKO(torch.optim.Optimizer):
         )
         named = [(n, p) for n, p in params if p.requires_grad]
         _check(bool(named), "There is no trainable parameter; was the adapter loaded with `is_trainable=True`?")
-        progress = {"settled": False, "steps": 0, "draws": 0, "tokens": 0.0}
+        progress = {"settled": False, "steps": 0, "tokens": 0.0}
         super().__init__(named, defaults | progress)
         self.observation = observation
         self.diagnostics: dict[str, Tensor | float] = {}
@@ -256,7 +256,6 @@ class LoKO(torch.optim.Optimizer):
             raise ValueError("Scores contain NaN or Inf; the step is not taken and the belief is as before it.")
         group["tokens"] = group["forgetting"] * group["tokens"] + count
         if drew:
-            group["draws"] += 1
             self._settle_priors(draws, count)
         self._update(scores, draws, count, self._prior_pull(count))
         self.diagnostics["loss"] = loss / count
@@ -416,8 +415,7 @@ class LoKO(torch.optim.Optimizer):
                 f"The saved filter has memory {saved['memory']!r} of rank {saved['rank']}, this one "
                 f"{self.param_groups[0]['memory']!r} of rank {self.param_groups[0]['rank']}."
             )
-        params = [p for group in self.param_groups for p in group["params"]]
-        slots = [slot for group in state_dict["param_groups"] for slot in group["params"]]
+        params, slots = self.param_groups[0]["params"], saved["params"]
         if len(params) != len(slots):
             raise ValueError(f"The saved filter has {len(slots)} parameters, this one {len(params)}.")
         entries = {id(p): state_dict["state"].get(slot, {}) for p, slot in zip(params, slots, strict=True)}
@@ -434,14 +432,13 @@ class LoKO(torch.optim.Optimizer):
             for key, tensor in stack.memory.items():
                 tensor.copy_(torch.stack([entries[id(p)][key].to(tensor) for p in stack.params]))
         own = self.param_groups[0]
-        moving = ("params", "param_names", "lr", "initial_lr", "settled", "steps", "draws", "tokens")
+        moving = ("params", "param_names", "lr", "initial_lr", "settled", "steps", "tokens")
         changed = {k: (own.get(k), v) for k, v in saved.items() if k not in moving and own.get(k) != v}
         if changed:
             logger.warning(
                 "LoKO goes on with the saved options: %s", {k: f"{v[1]}, not {v[0]}" for k, v in changed.items()}
             )
-        for own, theirs in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            own.update({k: v for k, v in theirs.items() if k not in ("params", "param_names")})
+        own.update({k: v for k, v in saved.items() if k not in ("params", "param_names")})
         self._clear()
 
 

@@ -323,7 +323,7 @@ class KalmanMixin(_TrainerBase):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
-        if self.args.should_save and self._has_source and self.belief is not None:
+        if self.args.should_save and self.belief is not None:
             folder = Path(output_dir or self.args.output_dir)
             self.belief.save_pretrained(folder)
             state = {

@@ -26,7 +26,8 @@ SPACES = ("adapter", "delta_w")
 _WARN_BYTES = 2**30
 _NOT_REACHED = (
     "No gradient reaches adapter {!r}, so that there is no curvature to measure. It may be merged (call "
-    "`unmerge_adapter()`), disabled, or not the active one (call `set_adapter`)."
+    "`unmerge_adapter()`), disabled, or not the active one (call `set_adapter`); with reentrant gradient "
+    "checkpointing call `enable_input_require_grads()` first."
 )
 
 
