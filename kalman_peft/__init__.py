@@ -15,13 +15,22 @@ _MODULE_OF = {
     "BeliefError": "belief",
     "CategoricalObservation": "observations",
     "ForgettingBudget": "laplace",
+    "GaussianObservation": "observations",
     "KalmanConfig": "config",
     "KalmanMixin": "trainer",
     "KalmanTrainer": "trainer",
     "LaplaceCallback": "callbacks",
     "LoKO": "loko",
+    "belief_from_fisher": "interchange",
     "create_loko_optimizer": "loko",
+    "curvature_memory": "curvature",
     "estimate_curvature": "curvature",
+    "log_evidence": "evidence",
+    "maximise_evidence": "evidence",
+    "sample_source": "self_source",
+    "save_fisher": "interchange",
+    "to_laplace_torch": "interchange",
+    "warm_start": "warmup",
 }
 
 __all__ = [
@@ -30,14 +39,23 @@ __all__ = [
     "BeliefError",
     "CategoricalObservation",
     "ForgettingBudget",
+    "GaussianObservation",
     "KalmanConfig",
     "KalmanMixin",
     "KalmanTrainer",
     "LaplaceCallback",
     "LoKO",
     "__version__",
+    "belief_from_fisher",
     "create_loko_optimizer",
+    "curvature_memory",
     "estimate_curvature",
+    "log_evidence",
+    "maximise_evidence",
+    "sample_source",
+    "save_fisher",
+    "to_laplace_torch",
+    "warm_start",
 ]
 
 if TYPE_CHECKING:
@@ -45,11 +63,15 @@ if TYPE_CHECKING:
     from .belief import Belief, BeliefError
     from .callbacks import LaplaceCallback
     from .config import KalmanConfig
-    from .curvature import estimate_curvature
+    from .curvature import curvature_memory, estimate_curvature
+    from .evidence import log_evidence, maximise_evidence
+    from .interchange import belief_from_fisher, save_fisher, to_laplace_torch
     from .laplace import ForgettingBudget
     from .loko import LoKO, create_loko_optimizer
-    from .observations import CategoricalObservation
+    from .observations import CategoricalObservation, GaussianObservation
+    from .self_source import sample_source
     from .trainer import KalmanMixin, KalmanTrainer
+    from .warmup import warm_start
 
 
 def __getattr__(name: str):

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .distributed import whole
+
 
 A_SUFFIX = ".lora_A.weight"
 B_SUFFIX = ".lora_B.weight"
@@ -53,6 +55,10 @@ class LoraPair:
     def b(self) -> nn.Parameter:
         """B, shape (d_out, r)."""
         return self.linear_b.weight  # type: ignore[return-value]
+
+    def key(self, side: str) -> str:
+        """State key of A (side "a") or B (side "b")."""
+        return self.key_a if side == "a" else self.key_b
 
     @property
     def rank(self) -> int:
@@ -109,9 +115,9 @@ class AdapterState:
         """The factors as detached tensors that share storage with the model."""
         return {key: p.detach() for key, p in self.parameters().items()}
 
-    def snapshot(self) -> dict[str, Tensor]:
-        """A float32 copy of the factors."""
-        return {key: p.detach().to(torch.float32, copy=True) for key, p in self.parameters().items()}
+    def snapshot(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """A copy of the factors, in full where the model is sharded."""
+        return {key: whole(p.detach()).to(dtype, copy=True) for key, p in self.parameters().items()}
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:

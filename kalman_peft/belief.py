@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .adapters import AdapterState
 from .curvature.estimate import estimate_curvature, refuse_nonlinear_merge
-from .distributed import broadcast_, world
+from .distributed import broadcast_, whole, world
 from .precision import Precision, precision_from_tensors
 
 
@@ -41,12 +41,22 @@ class Belief:
         mean (`Mapping[str, Tensor]`): One float32 tensor per adapter key, see [`AdapterState`].
         precision (`Precision`): Precision per observed token, in nats.
         info (`Mapping[str, Any]`, *optional*): Base model, adapter and provenance; JSON-serialisable.
+        source (`Mapping[str, Tensor]`, *optional*):
+            Source data that exist nowhere else, because the base model wrote them (see [`sample_source`]); kept on the
+            CPU and saved with the belief.
     """
 
-    def __init__(self, mean: Mapping[str, Tensor], precision: Precision, info: Mapping[str, Any] | None = None):
+    def __init__(
+        self,
+        mean: Mapping[str, Tensor],
+        precision: Precision,
+        info: Mapping[str, Any] | None = None,
+        source: Mapping[str, Tensor] | None = None,
+    ):
         self.mean = dict(mean)
         self.precision = precision
         self.info = dict(info or {})
+        self.source = {name: t.cpu() for name, t in (source or {}).items()}
 
     @classmethod
     def fit(
@@ -109,7 +119,8 @@ class Belief:
 
     def to(self, device: torch.device | str) -> Self:
         """The belief with all tensors on `device`."""
-        return type(self)({k: m.to(device) for k, m in self.mean.items()}, self.precision.to(device), self.info)
+        mean = {k: m.to(device) for k, m in self.mean.items()}
+        return type(self)(mean, self.precision.to(device), self.info, self.source)
 
     # -- fit with a model ------------------------------------------------------------------------------------------
 
@@ -144,6 +155,16 @@ class Belief:
                 )
         if self.precision.space == "delta_w":
             refuse_nonlinear_merge(state)
+            expected = {pair.name: torch.Size((pair.b.shape[0], pair.a.shape[1])) for pair in state}
+        else:
+            expected = {key: p.shape for key, p in parameters.items()}
+        covered = self.precision.coordinates()
+        if covered != expected:
+            differing = sorted(k for k in covered.keys() | expected.keys() if covered.get(k) != expected.get(k))
+            raise BeliefError(
+                f"The belief's precision does not cover the adapter: it differs at {differing[:2]} ({len(differing)} "
+                "in all), which would be left unprotected. Fit a new one."
+            )
         mine, theirs = self.info.get("adapter"), describe(state)
         if mine:
             changed = [n for n, s in theirs["scaling"].items() if abs(mine["scaling"].get(n, s) - s) > 1e-6 * s]
@@ -186,7 +207,7 @@ class Belief:
             "fingerprint": fingerprint,
             **self.info,
         }
-        text = json.dumps(config, indent=2, sort_keys=True)
+        text = json.dumps(config, indent=2, sort_keys=True, default=_plain)
         # The weights carry the config too: whatever interrupts the two writes, the weights can be read.
         write_atomically(folder / BELIEF_WEIGHTS, lambda p: save_file(tensors, p, {"config": text}))
         write_atomically(folder / BELIEF_CONFIG, lambda p: p.write_text(text + "\n"))
@@ -220,7 +241,8 @@ class Belief:
         try:
             with safe_open(weights, framework="pt", device=str(device)) as file:
                 own = (file.metadata() or {}).get("config", "")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
+                # Copies: a file's tensors may be aligned otherwise than new memory, and products then round otherwise.
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
         except (SafetensorError, OSError) as error:
             raise BeliefError(
                 f"{weights} cannot be read; it is truncated or no safetensors file ({error})."
@@ -234,18 +256,28 @@ class Belief:
         config = {key: value for key, value in config.items() if key not in ("format", "fingerprint")}
         mean = {n.removeprefix("mean/"): t for n, t in tensors.items() if n.startswith("mean/")}
         rest = {n.removeprefix("precision/"): t for n, t in tensors.items() if n.startswith("precision/")}
+        source = {n.removeprefix("source/"): t for n, t in tensors.items() if n.startswith("source/")}
         try:
             precision = precision_from_tensors(structure, space, rest)
-        except (KeyError, ValueError) as error:
+            precision.coordinates()
+        except (KeyError, ValueError, IndexError, RuntimeError) as error:
             raise BeliefError(
                 f"{weights} holds no complete {structure} precision in {space} space: {error}"
             ) from error
-        return cls(mean, precision, config)
+        return cls(mean, precision, config, source)
 
     def _tensors(self) -> dict[str, Tensor]:
         named = {f"mean/{k}": m for k, m in self.mean.items()}
         named |= {f"precision/{k}": t for k, t in self.precision.tensors().items()}
+        named |= {f"source/{k}": t for k, t in self.source.items()}
         return {name: t.detach().cpu().contiguous().clone() for name, t in named.items()}
+
+
+def _plain(value: Any) -> Any:
+    """Numbers and arrays of numpy or torch, for JSON."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"Belief.info holds a {type(value).__name__}, which JSON cannot; use numbers, strings, lists.")
 
 
 def _read_config(text: bytes, path: Path) -> dict[str, Any]:
@@ -292,7 +324,7 @@ def base_fingerprint(state: AdapterState) -> str | None:
         weight = getattr(layer.get_base_layer(), "weight", None)
         if weight is None or not weight.is_floating_point() or weight.dim() != 2 or weight.device.type == "meta":
             return None
-        flat = weight.detach().reshape(-1)
+        flat = whole(weight.detach()).reshape(-1)
         sample = flat[:: max(flat.numel() // 4096, 1)][:4096].to(torch.bfloat16).float().cpu()
         digest.update(str(tuple(weight.shape)).encode() + sample.numpy().tobytes())
     return digest.hexdigest()

@@ -7,7 +7,7 @@ from transformers import TrainerCallback
 
 from .adapters import AdapterState, unwrap
 from .belief import Belief
-from .laplace import FORMS, add_penalty_gradient, proximal_step
+from .laplace import FORMS, add_penalty_gradient, proximal_step, squared_distance
 
 
 class LaplaceCallback(TrainerCallback):
@@ -23,12 +23,19 @@ class LaplaceCallback(TrainerCallback):
     Args:
         belief (`Belief`): Over the adapter that is trained.
         strength (`float`, *optional*, defaults to 1.0): lambda >= 0; may be changed while training.
+        prior_precision (`float`, *optional*, defaults to 0.0):
+            Isotropic pull towards the mean beside the belief, prior_precision / 2 * |theta - mean|^2 per target label,
+            >= 0; may be changed while training. It also holds what has no curvature.
         form (`str`, *optional*, defaults to `"gradient"`):
             "gradient": added once per optimizer step, before it. "proximal": a decoupled step after it.
+        offload (`bool`, *optional*, defaults to `False`):
+            Keep the belief on the CPU and evaluate the penalty there, which moves the adapter's weights and their
+            gradient at every step, but no precision.
         adapter_name (`str`, *optional*): Defaults to the active adapter.
 
     Raises:
-        ValueError: Negative strength, unknown form, or a form that the belief's structure does not have.
+        ValueError: Negative strength or prior precision, unknown form, or a form that the belief's structure does not
+            have.
     """
 
     def __init__(
@@ -36,48 +43,69 @@ class LaplaceCallback(TrainerCallback):
         belief: Belief,
         strength: float = 1.0,
         *,
+        prior_precision: float = 0.0,
         form: str = "gradient",
+        offload: bool = False,
         adapter_name: str | None = None,
     ):
-        if not 0 <= strength < float("inf"):
-            raise ValueError(f"strength must be >= 0 and finite, got {strength}.")
+        for name, value in (("strength", strength), ("prior_precision", prior_precision)):
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"{name} must be >= 0 and finite, got {value}.")
         if form not in FORMS:
             raise ValueError(f"form must be one of {FORMS}, got {form!r}.")
         if form == "proximal" and not belief.precision.supports_proximal:
             belief.proximal({}, 0.0)  # raises, and says what to use instead
-        self.belief, self.strength, self.form, self.adapter_name = belief, strength, form, adapter_name
+        self.belief, self.strength, self.prior_precision = belief, strength, prior_precision
+        self.form, self.offload, self.adapter_name = form, offload, adapter_name
         self.state: AdapterState | None = None
         self._energy: torch.Tensor | None = None
+        self._distance: torch.Tensor | None = None
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the penalty has any weight at present."""
+        return self.strength > 0 or self.prior_precision > 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Check that the belief is over this model's adapter, and that the setting is supported."""
         refuse_scaled_or_sharded(args, "LaplaceCallback")
         self.state = self.belief.check(unwrap(model), self.adapter_name)
-        self.belief = self.belief.to(self.state.pairs[0].a.device)
+        self.belief = self.belief.to("cpu" if self.offload else self.state.pairs[0].a.device)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Add the gradient of the penalty."""
-        if self.form == "gradient" and self.strength > 0:
+        self._energy = self._distance = None
+        if self.form == "gradient" and self.is_active:
             assert self.state is not None
-            self._energy = add_penalty_gradient(self.belief, self.state, self.strength)
+            if self.prior_precision:
+                self._distance = squared_distance(self.belief, self.state)
+            self._energy = add_penalty_gradient(self.belief, self.state, self.strength, self.prior_precision)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """Take the proximal step, with the learning rate that the optimizer has just used."""
-        if self.form == "proximal" and self.strength > 0:
+        if self.form == "proximal" and self.is_active:
             assert self.state is not None
-            proximal_step(self.belief, self.state, self.strength * optimizer.param_groups[0]["lr"])
-            self._energy = None
+            rate = optimizer.param_groups[0]["lr"]
+            proximal_step(self.belief, self.state, self.strength * rate, self.prior_precision * rate)
 
     def metrics(self) -> dict[str, float]:
-        """`laplace/penalty`, `laplace/drift` and `laplace/strength` as last seen (empty before the first step)."""
+        """`laplace/penalty`, `laplace/drift` and `laplace/strength` as last seen (empty before the first step).
+
+        With a prior precision, its share of the penalty is in `laplace/penalty` and its value is reported too.
+        """
         if self.state is None:
             return {}
         energy = self._energy if self._energy is not None else self.belief.energy(self.state.parameters())
-        return {
+        seen = {
             "laplace/penalty": self.strength * float(energy),
             "laplace/drift": float(energy),
             "laplace/strength": self.strength,
         }
+        if self.prior_precision:
+            distance = self._distance if self._distance is not None else squared_distance(self.belief, self.state)
+            seen["laplace/penalty"] += self.prior_precision / 2 * float(distance)
+            seen["laplace/prior_precision"] = self.prior_precision
+        return seen
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         """Add the metrics to a training log entry, unless the trainer has done so."""

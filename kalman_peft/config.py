@@ -8,10 +8,27 @@ from typing import Any, cast
 
 from transformers import TrainingArguments
 
-from .curvature.estimate import SPACES, STRUCTURES
-from .curvature.fisher import FISHERS
-from .laplace import FORMS
+from . import precision
+from .curvature.fisher import FISHERS, REDUCTIONS, kinds_for, resolve_reduction
+from .curvature.memory import DEFAULT_RANK, SPACES, STRUCTURES, check_structure
+from .laplace import FORMS, SCHEDULES
 from .loko import MEMORIES, check_options
+from .sources import parse_weights
+
+
+EVIDENCE = "evidence"
+_LEAST = {
+    "laplace_rank": 1,
+    "laplace_num_samples": 1,
+    "laplace_dense_limit": 0,
+    "laplace_evidence_steps": 1,
+    "laplace_warmup_steps": 0,
+    "laplace_refit_steps": 0,
+    "budget_steps": 1,
+    "source_samples": 1,
+    "source_heldout": 0,
+    "source_self_length": 2,
+}
 
 
 @dataclass
@@ -41,10 +58,17 @@ class KalmanArguments:
     > Parameters that control the belief (with `source_dataset` or `belief`)
 
     Args:
-        laplace_strength (`float`, *optional*):
-            lambda, weight of a source token relative to a target token. 0 switches the regulariser off. Defaults to
-            100, with LoKO (whose step does not rescale the penalty as Adam's does) to 10, unless `forgetting_budget`
-            is given.
+        laplace_strength (`float` or `str`, *optional*):
+            lambda, weight of a source token relative to a target token. 0 switches the regulariser off. "evidence":
+            strength and prior precision maximise the log marginal likelihood of the training data (see
+            [`maximise_evidence`]); needs `laplace_space="adapter"`. Defaults to 100, with LoKO (whose step does not
+            rescale the penalty as Adam's does) to 10, unless `forgetting_budget` is given.
+        laplace_schedule (`str`, *optional*, defaults to `"constant"`):
+            Factor on a fixed strength by training progress: "constant", "linear" and "cosine" (both fall to 0), or
+            "warmup" (rises from 0 over the first tenth).
+        laplace_evidence_steps (`int`, *optional*, defaults to 50):
+            With `laplace_strength="evidence"`: maximise it at every n-th step, on the first `source_samples` training
+            sequences.
         forgetting_budget (`float`, *optional*):
             Instead of a strength: allowed rise of the held-out source loss, in nats per token.
         budget_steps (`int`, *optional*, defaults to 10): Measure the source loss at every n-th step.
@@ -52,10 +76,28 @@ class KalmanArguments:
         laplace_structure (`str`, *optional*, defaults to `"kronecker"`): See [`estimate_curvature`].
         laplace_space (`str`, *optional*, defaults to `"delta_w"`): See [`estimate_curvature`].
         laplace_fisher (`str`, *optional*, defaults to `"sampled"`): See [`estimate_curvature`].
-        laplace_rank (`int`, *optional*, defaults to 32): See [`estimate_curvature`].
-        source_samples (`int`, *optional*, defaults to 64): Sequences of the source data used for the curvature.
+        laplace_reduction (`str`, *optional*): See [`estimate_curvature`].
+        laplace_rank (`int`, *optional*, defaults to 16): See [`estimate_curvature`].
+        laplace_num_samples (`int`, *optional*, defaults to 1): See [`estimate_curvature`].
+        laplace_dense_limit (`int`, *optional*, defaults to 256): See [`estimate_curvature`].
+        laplace_warmup_steps (`int`, *optional*, defaults to 0):
+            AdamW steps on the source data before the belief is fitted, see [`warm_start`]; the belief's mean is the
+            adapter after them. A remedy for the blind spot of `laplace_space="adapter"` at B = 0.
+        laplace_warmup_learning_rate (`float`, *optional*, defaults to 1e-3): Of these steps.
+        laplace_refit_steps (`int`, *optional*, defaults to 0):
+            Fit the curvature again at every n-th step, on the same source data at the present weights (dynamic
+            precision); the mean stays. 0 keeps the first one.
+        laplace_offload (`bool`, *optional*, defaults to `False`):
+            Keep the belief on the CPU and evaluate the penalty there.
+        source_samples (`int`, *optional*, defaults to 64): Sequences of each source used for the curvature.
         source_heldout (`int`, *optional*, defaults to 16):
-            Sequences of the source data kept aside to measure the source loss.
+            Sequences of each source kept aside to measure the source loss.
+        source_weights (`dict`, `list` or `str`, *optional*):
+            Relative weights of several sources, by name or in order, or as JSON; equal by default.
+        source_self_length (`int`, *optional*, defaults to 128):
+            With `source_dataset="self"`: tokens per sequence that the base model writes.
+        source_self_prompts (`list[str]`, *optional*):
+            With `source_dataset="self"`: texts to start from, in place of the BOS token.
     """
 
     optimizer: str | None = field(
@@ -83,10 +125,17 @@ class KalmanArguments:
     loko_belief_mode: str = field(
         default="factor", metadata={"help": "How LoKO takes a belief as prior: 'factor' or 'penalty'."}
     )
-    laplace_strength: float | None = field(
+    laplace_strength: float | str | None = field(
         default=None,
-        metadata={"help": "Weight of a source token relative to a target token; defaults to 100, with LoKO to 10."},
+        metadata={
+            "help": "Weight of a source token relative to a target token; defaults to 100, with LoKO to 10. "
+            "'evidence' maximises the marginal likelihood."
+        },
     )
+    laplace_schedule: str = field(
+        default="constant", metadata={"help": f"Factor on the strength by progress, one of {SCHEDULES}."}
+    )
+    laplace_evidence_steps: int = field(default=50, metadata={"help": "Maximise the evidence at every n-th step."})
     forgetting_budget: float | None = field(
         default=None, metadata={"help": "Allowed rise of the source loss in nats per token, instead of a strength."}
     )
@@ -97,9 +146,33 @@ class KalmanArguments:
     )
     laplace_space: str = field(default="delta_w", metadata={"help": f"Space of the precision, one of {SPACES}."})
     laplace_fisher: str = field(default="sampled", metadata={"help": f"Fisher of the curvature, one of {FISHERS}."})
-    laplace_rank: int = field(default=32, metadata={"help": "Eigenpairs kept on long sides of the precision."})
-    source_samples: int = field(default=64, metadata={"help": "Source sequences used for the curvature."})
-    source_heldout: int = field(default=16, metadata={"help": "Source sequences held out to measure their loss."})
+    laplace_reduction: str | None = field(
+        default=None, metadata={"help": f"What the empirical Fisher squares its scores over, one of {REDUCTIONS}."}
+    )
+    laplace_rank: int = field(
+        default=DEFAULT_RANK, metadata={"help": "Eigenpairs kept on long sides of the precision, or in all of it."}
+    )
+    laplace_num_samples: int = field(default=1, metadata={"help": "Draws per sequence of the sampled Fisher."})
+    laplace_dense_limit: int = field(default=256, metadata={"help": "Longest side of the precision kept in full."})
+    laplace_warmup_steps: int = field(
+        default=0, metadata={"help": "AdamW steps on the source data before the belief is fitted."}
+    )
+    laplace_warmup_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the warm start."})
+    laplace_refit_steps: int = field(
+        default=0, metadata={"help": "Fit the curvature again at every n-th step; 0 keeps the first one."}
+    )
+    laplace_offload: bool = field(default=False, metadata={"help": "Keep and evaluate the belief on the CPU."})
+    source_samples: int = field(default=64, metadata={"help": "Sequences of each source used for the curvature."})
+    source_heldout: int = field(default=16, metadata={"help": "Sequences of each source held out for their loss."})
+    source_weights: dict | str | list | None = field(
+        default=None, metadata={"help": "Relative weights of several sources, by name or in order; may be JSON."}
+    )
+    source_self_length: int = field(
+        default=128, metadata={"help": "Tokens per sequence that the base model writes for source_dataset='self'."}
+    )
+    source_self_prompts: list[str] | None = field(
+        default=None, metadata={"help": "Texts that self-written sequences start from, in place of the BOS token."}
+    )
 
     learning_rate: float | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Learning rate; defaults to 5e-5. With LoKO, scale of the step: 1."}
@@ -171,39 +244,97 @@ class KalmanArguments:
             ("laplace_structure", STRUCTURES),
             ("laplace_space", SPACES),
             ("laplace_fisher", FISHERS),
+            ("laplace_schedule", SCHEDULES),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}.")
-        if self.forgetting_budget is not None and self.laplace_strength is not None:
-            raise ValueError(
-                "Give laplace_strength (a fixed weight) or forgetting_budget (which chooses the weight), not both; "
-                f"got {self.laplace_strength} and {self.forgetting_budget}."
-            )
-        if self.forgetting_budget is not None and self.source_heldout < 1:
-            raise ValueError("forgetting_budget measures the source loss and needs source_heldout >= 1.")
-        for name in ("laplace_strength", "forgetting_budget"):
+        self.source_weights = parse_weights(self.source_weights)
+        self._check_strength()
+        for name, least in _LEAST.items():
             value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise ValueError(f"{name} must be >= 0 and finite, got {value}.")
-        if self.laplace_rank < 1:
-            raise ValueError(f"laplace_rank must be >= 1, got {self.laplace_rank}.")
-        if self.laplace_form == "proximal" and (self.laplace_structure, self.laplace_space) == ("diagonal", "delta_w"):
+            if value < least:
+                raise ValueError(f"{name} must be >= {least}, got {value}.")
+        check_structure(self.laplace_structure, self.laplace_space)
+        try:
+            reduction = resolve_reduction(self.laplace_fisher, self.laplace_reduction)
+            kinds_for(self.laplace_fisher, reduction, self.laplace_num_samples)
+        except ValueError as error:
+            raise ValueError(f"laplace_fisher, laplace_reduction or laplace_num_samples: {error}") from error
+        if not 0 < self.laplace_warmup_learning_rate < math.inf:
             raise ValueError(
-                "laplace_form='proximal' is not supported for laplace_structure='diagonal' in laplace_space="
-                "'delta_w'; use laplace_form='gradient' or laplace_structure='kronecker'."
+                f"laplace_warmup_learning_rate must be positive, got {self.laplace_warmup_learning_rate}."
             )
-        if min(self.source_samples, self.budget_steps) < 1 or self.source_heldout < 0:
-            raise ValueError("source_samples and budget_steps must be >= 1, and source_heldout >= 0.")
+        kind = (self.laplace_structure, self.laplace_space)
+        if self.laplace_form == "proximal" and not _has_proximal(*kind):
+            raise ValueError(
+                f"laplace_form='proximal' is not supported for laplace_structure={kind[0]!r} in laplace_space="
+                f"{kind[1]!r}; use laplace_form='gradient' or laplace_structure='kronecker'."
+            )
+        for name, needed, given in (
+            ("laplace_evidence_steps", "laplace_strength='evidence'", self.uses_evidence),
+            ("laplace_warmup_learning_rate", "laplace_warmup_steps", self.laplace_warmup_steps > 0),
+        ):
+            if not given:
+                self._warn_unused(name, needed)
         if self.uses_loko and self.laplace_form != "gradient":
             raise ValueError(
                 f"laplace_form={self.laplace_form!r} goes with optimizers that follow `.grad`; LoKO takes the belief "
                 "as its prior (see loko_belief_mode)."
             )
 
+    def _check_strength(self) -> None:
+        strength, budget = self.laplace_strength, self.forgetting_budget
+        if isinstance(strength, str) and strength != EVIDENCE:  # as from the command line
+            try:
+                strength = self.laplace_strength = float(strength)
+            except ValueError as error:
+                raise ValueError(f"laplace_strength must be a number or {EVIDENCE!r}, got {strength!r}.") from error
+        if budget is not None and strength is not None:
+            raise ValueError(
+                "Give laplace_strength (a fixed weight, or 'evidence') or forgetting_budget (which chooses the "
+                f"weight), not both; got {strength} and {budget}."
+            )
+        for name, value in (("laplace_strength", strength), ("forgetting_budget", budget)):
+            if isinstance(value, int | float) and not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be >= 0 and finite, got {value}.")
+        if budget is not None and self.source_heldout < 1:
+            raise ValueError("forgetting_budget measures the source loss and needs source_heldout >= 1.")
+        chooses = "forgetting_budget" if budget is not None else "laplace_strength='evidence'"
+        if self.laplace_schedule != "constant" and (budget is not None or strength == EVIDENCE):
+            raise ValueError(
+                f"laplace_schedule={self.laplace_schedule!r} goes with a fixed strength, but {chooses} chooses it."
+            )
+        if strength == EVIDENCE and self.uses_loko:
+            raise ValueError(
+                "laplace_strength='evidence' is not supported with optimizer='loko', whose prior precision is its "
+                "own; give a number or a forgetting_budget."
+            )
+        if strength == EVIDENCE and self.laplace_structure == "block_tridiagonal":
+            raise ValueError(
+                "laplace_strength='evidence' is not supported with laplace_structure='block_tridiagonal', which adds "
+                "up only at one point of expansion; use 'kronecker' or 'low_rank'."
+            )
+        if strength == EVIDENCE and self.laplace_space != "adapter":
+            raise ValueError(
+                f"laplace_strength='evidence' is not supported in laplace_space={self.laplace_space!r}, whose energy "
+                "is no Gaussian in A and B; use laplace_space='adapter' (with laplace_warmup_steps, so that A has "
+                "curvature)."
+            )
+
+    @property
+    def uses_evidence(self) -> bool:
+        """Whether strength and prior precision are chosen by the marginal likelihood."""
+        return self.laplace_strength == EVIDENCE
+
     @property
     def uses_loko(self) -> bool:
         """Whether the adapter is trained by the Kalman filter."""
         return (self.optimizer or "").lower() == "loko"
+
+    def curvature_options(self) -> dict[str, Any]:
+        """Keyword arguments for [`estimate_curvature`]."""
+        names = ("structure", "space", "fisher", "reduction", "rank", "num_samples", "dense_limit", "offload")
+        return {name: getattr(self, f"laplace_{name}") for name in names}
 
     def loko_options(self) -> dict[str, Any]:
         """Keyword arguments for [`create_loko_optimizer`]."""
@@ -212,6 +343,16 @@ class KalmanArguments:
             "max_kl", "tempering", "forgetting", "process_noise",
         )  # fmt: skip
         return {name: getattr(self, f"loko_{name}") for name in names}
+
+
+def _has_proximal(structure: str, space: str) -> bool:
+    classes = (vars(precision)[name] for name in precision.__all__)
+    kinds = [c for c in classes if isinstance(c, type) and issubclass(c, precision.Precision)]
+    return any(
+        c.supports_proximal
+        for c in kinds
+        if (getattr(c, "structure", ""), getattr(c, "space", "")) == (structure, space)
+    )
 
 
 @dataclass

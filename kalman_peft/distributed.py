@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def world() -> tuple[int, int]:
@@ -22,6 +23,31 @@ def all_sum_(tensors: Iterable[Tensor]) -> None:
         dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
 
 
+def max_(tensors: Iterable[Tensor]) -> None:
+    """Largest value over all processes, in place; nothing without a process group."""
+    if world()[1] == 1:
+        return
+    for tensor in tensors:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is spread over processes (FSDP2)."""
+    return isinstance(tensor, DTensor)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, gathered from all processes if it is sharded (all of them must call)."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Spread a tensor that all processes hold as `like` is spread."""
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor, like.device_mesh, like.placements)
+
+
 def any_process(flag: bool, device: torch.device | str = "cpu") -> bool:
     """Whether `flag` holds on at least one process, known to all: keeps errors from hanging the others."""
     if world()[1] == 1:
@@ -32,8 +58,9 @@ def any_process(flag: bool, device: torch.device | str = "cpu") -> bool:
 
 
 def broadcast_(tensors: Iterable[Tensor]) -> None:
-    """Give the first process's values to all, in place."""
+    """Give the first process's values to all, in place; sharded tensors are one tensor already."""
     if world()[1] == 1:
         return
     for tensor in tensors:
-        dist.broadcast(tensor, src=0)
+        if not is_sharded(tensor):
+            dist.broadcast(tensor, src=0)

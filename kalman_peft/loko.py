@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .distributed import all_sum_, broadcast_, world
 from .memories import Memory
-from .observations import CategoricalObservation, infer_observation
+from .observations import CategoricalObservation, Observation, infer_observation
 from .stacks import Stack, plan_stacks
 
 
@@ -50,7 +50,7 @@ class LoKO(torch.optim.Optimizer):
 
     Args:
         params (`Iterable[tuple[str, Tensor]]`): Named trainable parameters.
-        observation (`CategoricalObservation`): How labels meet logits.
+        observation (`CategoricalObservation`): How labels meet logits; no other kind is supported.
         memory (`str`, *optional*, defaults to `"kronecker"`):
             "kronecker" for matrices whose shorter side is at most `dense_limit` (others fall back to diagonal), or
             "diagonal".
@@ -62,7 +62,7 @@ class LoKO(torch.optim.Optimizer):
         first_draws (`int`, *optional*, defaults to 6): Draw at each of the first steps, to settle the eigenbasis.
         prior_tokens (`float`, *optional*):
             Strength of the unit-information prior, in observed labels; defaults to 1e4 tokens for causal language
-            models and to 30 labels otherwise.
+            models and encoder-decoders and to 30 labels otherwise.
         prior_precision (`dict[str, float | None]`, *optional*):
             Prior precision per parameter name; `None` stands for the unit-information prior.
         tempering (`float`, *optional*, defaults to 1.0):
@@ -81,13 +81,13 @@ class LoKO(torch.optim.Optimizer):
         seed (`int`, *optional*, defaults to 0): Of the label draws.
 
     Raises:
-        ValueError: An option is out of its range, or there is no parameter.
+        ValueError: An option is out of its range, there is no parameter, or the observation is not categorical.
     """
 
     def __init__(
         self,
         params: Iterable[tuple[str, Tensor]],
-        observation: CategoricalObservation,
+        observation: Observation,
         *,
         memory: str = "kronecker",
         rank: int = 16,
@@ -104,8 +104,13 @@ class LoKO(torch.optim.Optimizer):
         max_kl: float | None = None,
         seed: int = 0,
     ):
+        if not isinstance(observation, CategoricalObservation):
+            raise ValueError(
+                f"LoKO supports categorical observations only, got {type(observation).__name__}. Train a regression "
+                "with another optimizer."
+            )
         if prior_tokens is None:
-            prior_tokens = 1e4 if observation.shift else 30.0
+            prior_tokens = 1e4 if observation.shift or observation.seq2seq else 30.0
         defaults = {
             "lr": 1.0,
             "memory": memory,
@@ -163,7 +168,7 @@ class LoKO(torch.optim.Optimizer):
         every = group["curvature_every"]
         return 1 if step + 1 < group["first_draws"] else every - step % every
 
-    def observe(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def observe(self, logits: Tensor, labels: Tensor, segments: Tensor | None = None) -> Tensor:
         """Take the scores of a batch, by one or two backward passes through `logits`; calls accumulate until `step`.
 
         Neither `.grad` nor the hooks of a distributed wrapper are touched: `step` sums over processes by itself.
@@ -171,6 +176,9 @@ class LoKO(torch.optim.Optimizer):
         Args:
             logits (`Tensor`): Shape (..., V), with a graph to the parameters.
             labels (`Tensor`): Shape (...), -100 where nothing is observed.
+            segments (`Tensor`, *optional*):
+                Shape (...), which sequence each position belongs to, where several share a row (packing): the first
+                label of a sequence is not explained by the one before.
 
         Returns:
             `Tensor`: Mean negative log-likelihood of this batch, detached; zero if no label counts.
@@ -179,7 +187,7 @@ class LoKO(torch.optim.Optimizer):
             ValueError: Logits or gradients are not finite, labels outside the vocabulary, or reentrant gradient
                 checkpointing, which hides the graph.
         """
-        loss, count, score, draw = self._scores(logits, labels)
+        loss, count, score, draw = self._scores(logits, labels, segments)
         if count:
             self._score = [a.add_(b) for a, b in zip(self._score, score, strict=True)] if self._score else score
             if draw:
@@ -189,7 +197,9 @@ class LoKO(torch.optim.Optimizer):
         self._observed = True
         return loss
 
-    def _scores(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, int, list[Tensor], list[Tensor]]:
+    def _scores(
+        self, logits: Tensor, labels: Tensor, segments: Tensor | None
+    ) -> tuple[Tensor, int, list[Tensor], list[Tensor]]:
         from .curvature.fisher import score_cotangents
 
         group = self.param_groups[0]
@@ -197,7 +207,7 @@ class LoKO(torch.optim.Optimizer):
         self._micro += 1
         kinds = ("empirical", "sampled") if self.draws_curvature else ("empirical",)
         cotangents, count, loss = score_cotangents(
-            logits, labels, self.observation, kinds, torch.Generator().manual_seed(seed % 2**63)
+            logits, labels, self.observation, kinds, torch.Generator().manual_seed(seed % 2**63), segments
         )
         parts = [self._backward(logits, c, retain_graph=k < len(kinds) - 1) for k, c in enumerate(cotangents)]
         return loss, count, parts[0] if parts else [], parts[1] if len(parts) == 2 else []
@@ -456,7 +466,7 @@ def create_loko_optimizer(
     belief: "Belief | None" = None,
     belief_strength: float = 1.0,
     belief_mode: str = "factor",
-    observation: CategoricalObservation | None = None,
+    observation: Observation | None = None,
     **options: Any,
 ) -> LoKO:
     """A LoKO optimizer over all trainable weights of a PEFT model, with priors from their initialisation.

@@ -1,41 +1,157 @@
-"""What a batch observes: categorical labels on rows of logits, and the scores that are back-propagated for them.
+"""What a batch observes: labels on rows of a model's outputs, and how likely they are.
 
-Notation of the Fisher literature: for a row of logits z with p = softmax(z), the cotangent of -log p(y) is
-p - onehot(y). With y drawn from p its mean is zero and its covariance is diag(p) - p p^T, the output curvature.
+A row of outputs z gives the distribution of its label. With the curvature H of the negative log-likelihood in z, two
+kinds of cotangents v have E[v v^T] = H, as in the Fisher literature: residuals of labels drawn from the model, and R w
+for a root R R^T = H and any w with E[w w^T] = I.
+- Categorical, p = softmax(z): residual p - onehot(y), H = diag(p) - p p^T, R = diag(sqrt(p)) - p sqrt(p)^T.
+- Gaussian with variance s: residual (z - y) / s, H = I / s, R = I / sqrt(s).
 """
 
+import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from .sampling import invert_cdf
+
+
+__all__ = [
+    "IGNORE_INDEX",
+    "CategoricalObservation",
+    "GaussianObservation",
+    "Observation",
+    "infer_observation",
+    "invert_cdf",
+    "negative_log_likelihood",
+]
 
 IGNORE_INDEX = -100  # transformers' mark for labels that do not count
 
+# Which positions a label's gradient reaches: those before it, those of the decoder up to it, or all of its sequence.
+Layout = Literal["causal", "seq2seq", "full"]
 
-@dataclass(frozen=True)
-class CategoricalObservation:
-    """Labels that a softmax over the last dimension of the logits explains.
 
-    Args:
-        shift (`bool`): `True` for causal language models: the logits at position t explain the label at t + 1.
+class Observation(ABC):
+    """Labels that rows of outputs explain. Rows are those of the logits, flattened to (R, V).
+
+    The methods that compute take the N observed rows only, in float32 or float64; `expected` is the parameter of the
+    labels' distribution that `expect` returns.
     """
 
-    shift: bool
+    @property
+    def layout(self) -> Layout:
+        """Which positions a label's gradient can reach."""
+        return "full"
 
-    def targets(self, logits: Tensor, labels: Tensor) -> Tensor:
+    @abstractmethod
+    def targets(self, logits: Tensor, labels: Tensor, segments: Tensor | None = None) -> Tensor:
         """Labels aligned with the rows of the logits.
 
         Args:
             logits (`Tensor`): Shape (..., V).
-            labels (`Tensor`): Integer labels, shape (...); -100 does not count.
+            labels (`Tensor`): As the model takes them.
+            segments (`Tensor`, *optional*):
+                Which sequence each position belongs to, of the labels' shape, where several share a row (packing).
 
         Returns:
-            `Tensor`: Shape (number of rows,), dtype int64, on the logits' device.
+            `Tensor`: One entry per row, on the logits' device.
 
         Raises:
-            ValueError: The shapes do not fit, or a label is outside the vocabulary.
+            ValueError: The labels do not fit the logits.
+        """
+
+    @abstractmethod
+    def observed(self, labels: Tensor) -> Tensor:
+        """Which labels (or targets) count; boolean, one per row."""
+
+    @abstractmethod
+    def expect(self, outputs: Tensor) -> Tensor:
+        """Parameter of the labels' distribution for outputs of shape (N, V), in float32 or float64."""
+
+    @abstractmethod
+    def loss(self, outputs: Tensor, expected: Tensor, targets: Tensor) -> Tensor:
+        """Negative log-likelihood of the targets in nats, shape (N,)."""
+
+    @abstractmethod
+    def draw(self, expected: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Targets drawn from the model."""
+
+    @abstractmethod
+    def residual(self, expected: Tensor, targets: Tensor, out: Tensor, rows: Tensor) -> None:
+        """Write d loss / d outputs of the targets into `rows` of `out`, which is otherwise zero."""
+
+    @abstractmethod
+    def root(self, expected: Tensor, direction: Tensor) -> Tensor:
+        """R w for directions w of shape (N, V)."""
+
+    def positions(
+        self, labels: Tensor, attention_mask: Tensor | None, segments: Tensor | None = None
+    ) -> Tensor | None:
+        """Positions whose activations can carry a gradient: real tokens that some label that counts depends on.
+
+        Args:
+            labels (`Tensor`): Shape (batch, time) or (batch,).
+            attention_mask (`Tensor`, *optional*):
+                Shape (batch, time), 1 at real tokens; of the decoder, if labels are on its positions.
+            segments (`Tensor`, *optional*): Shape (batch, time), which sequence a position belongs to.
+
+        Returns:
+            `Tensor` or `None`: Boolean of shape (batch, time), or (batch,) if only whole sequences count nothing;
+            `None` if every position counts.
+        """
+        mask = None if attention_mask is None or attention_mask.dim() != 2 else attention_mask.bool()
+        counts = self.observed(labels)
+        if self.layout == "full":
+            reached = counts.flatten(1).any(-1) if counts.dim() > 1 else counts  # (batch,)
+            if reached.all():
+                return mask
+            return reached if mask is None else mask & reached.to(mask.device)[:, None]
+        rows, time = labels.shape
+        index = torch.arange(time, device=labels.device).expand(rows, time)
+        if segments is None:
+            segments = torch.arange(rows, device=labels.device)[:, None].expand(rows, time)
+        last = index.new_full((int(segments.max()) + 1,), -1)  # of each sequence, its last label that counts
+        last.scatter_reduce_(0, segments.reshape(-1), index.where(counts, -1).reshape(-1), "amax")
+        # With the shift a label is explained one position before its own, and the last one explains nothing.
+        reached = index < last[segments] if self.layout == "causal" else index <= last[segments]
+        return reached if mask is None else reached & mask.to(reached.device)
+
+
+@dataclass(frozen=True)
+class CategoricalObservation(Observation):
+    """Labels that a softmax over the last dimension of the logits explains.
+
+    Causal language models: `shift=True`. Encoder-decoders: `seq2seq=True`. Classification of sequences (labels of
+    shape (batch,)) or tokens (labels of shape (batch, time)): neither.
+
+    Args:
+        shift (`bool`): `True` for causal language models: the logits at position t explain the label at t + 1.
+        seq2seq (`bool`, *optional*, defaults to `False`): Labels and logits belong to a decoder's positions.
+
+    Raises:
+        ValueError: Both are set.
+    """
+
+    shift: bool
+    seq2seq: bool = False
+
+    def __post_init__(self) -> None:
+        if self.shift and self.seq2seq:
+            raise ValueError("shift=True and seq2seq=True exclude each other: a decoder's inputs are already shifted.")
+
+    @property
+    def layout(self) -> Layout:
+        """See `Observation.layout`."""
+        return "causal" if self.shift else "seq2seq" if self.seq2seq else "full"
+
+    def targets(self, logits: Tensor, labels: Tensor, segments: Tensor | None = None) -> Tensor:
+        """See `Observation.targets`; int64 of shape (R,), -100 where nothing is observed.
+
+        With the shift, the first label of a sequence is explained by nothing, also where another sequence precedes it
+        in the same row.
         """
         if labels.shape != logits.shape[:-1]:
             raise ValueError(
@@ -43,10 +159,21 @@ class CategoricalObservation:
                 f"{tuple(logits.shape[:-1])}."
             )
         if labels.is_floating_point():
-            raise ValueError(f"labels must be class indices, got dtype {labels.dtype} (regression is not supported).")
+            raise ValueError(
+                f"labels must be class indices, got dtype {labels.dtype}. Regression needs GaussianObservation (set "
+                "config.problem_type='regression'); multi-label classification is not supported."
+            )
+        if segments is not None and segments.shape != labels.shape:
+            raise ValueError(
+                f"segments of shape {tuple(segments.shape)} do not fit labels of shape {tuple(labels.shape)}."
+            )
         labels = labels.to(logits.device)
         if self.shift:
-            labels = torch.cat([labels[..., 1:], labels.new_full((*labels.shape[:-1], 1), IGNORE_INDEX)], dim=-1)
+            following = labels[..., 1:]
+            if segments is not None:
+                segments = segments.to(logits.device)
+                following = following.where(segments[..., 1:] == segments[..., :-1], IGNORE_INDEX)
+            labels = torch.cat([following, labels.new_full((*labels.shape[:-1], 1), IGNORE_INDEX)], dim=-1)
         targets = labels.reshape(-1).long()
         seen = targets[targets.ne(IGNORE_INDEX)]
         if len(seen) and (seen.min() < 0 or seen.max() >= logits.shape[-1]):
@@ -56,37 +183,111 @@ class CategoricalObservation:
             )
         return targets
 
-    def positions(self, labels: Tensor, attention_mask: Tensor | None) -> Tensor | None:
-        """Positions whose activations can carry a gradient: real tokens, and for causal models before the last label.
+    def observed(self, labels: Tensor) -> Tensor:
+        """See `Observation.observed`."""
+        return labels.ne(IGNORE_INDEX)
 
-        Args:
-            labels (`Tensor`): Shape (batch, time) or (batch,).
-            attention_mask (`Tensor`, *optional*): Shape (batch, time), 1 at real tokens.
+    def expect(self, outputs: Tensor) -> Tensor:
+        """Probabilities, shape (N, V)."""
+        return outputs.softmax(-1, dtype=torch.promote_types(outputs.dtype, torch.float32))
 
-        Returns:
-            `Tensor` or `None`: Boolean of shape (batch, time); `None` if every position counts.
-        """
-        mask = None if attention_mask is None or attention_mask.dim() != 2 else attention_mask.bool()
-        if not self.shift:
-            return mask
-        valid = labels.ne(IGNORE_INDEX)
-        before_last = valid.flip(-1).cumsum(-1).flip(-1).roll(-1, dims=-1)  # labels at positions > t
-        before_last[..., -1] = 0
-        before = before_last > 0
-        return before if mask is None else before & mask.to(before.device)
+    def loss(self, outputs: Tensor, expected: Tensor, targets: Tensor) -> Tensor:
+        """See `Observation.loss`."""
+        # log p_y = z_y - z_m + log p_m with the likeliest m: exact also where p_y underflows, and no second softmax.
+        peak, likeliest = expected.max(-1)
+        pair = outputs.gather(1, torch.stack([likeliest, targets], dim=1)).to(peak.dtype)  # (N, 2)
+        return pair[:, 0] - pair[:, 1] - peak.log()
+
+    def draw(self, expected: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """See `Observation.draw`."""
+        return invert_cdf(expected, generator)
+
+    def residual(self, expected: Tensor, targets: Tensor, out: Tensor, rows: Tensor) -> None:
+        """p - onehot(y)."""
+        own = torch.arange(len(rows), device=rows.device)
+        out.index_copy_(0, rows, expected.to(out.dtype))
+        out[rows, targets] = (expected[own, targets] - 1).to(out.dtype)  # cast last: p - 1 is small where p is not
+
+    def root(self, expected: Tensor, direction: Tensor) -> Tensor:
+        """sqrt(p) * w - p (sqrt(p) . w); R R^T = diag(p) - p p^T because p sums to one."""
+        scaled = expected.sqrt().mul_(direction)
+        return scaled.addcmul_(expected, scaled.sum(-1, keepdim=True), value=-1)
 
 
-def infer_observation(model: nn.Module) -> CategoricalObservation:
-    """Choose the observation from the model's task.
+@dataclass(frozen=True)
+class GaussianObservation(Observation):
+    """Real labels around the outputs: NLL = |y - f|^2 / (2 variance) nats per sequence, without its constant.
+
+    A model trained on the mean squared error over C outputs, as transformers does, minimises this NLL per sequence
+    for variance = C / 2.
+
+    Args:
+        variance (`float`, *optional*, defaults to 1.0): Of the noise on each label.
+
+    Raises:
+        ValueError: The variance is not positive and finite.
+    """
+
+    variance: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.variance < math.inf:
+            raise ValueError(f"variance must be positive and finite, got {self.variance}.")
+
+    def targets(self, logits: Tensor, labels: Tensor, segments: Tensor | None = None) -> Tensor:
+        """See `Observation.targets`; shape (B, C) for logits of shape (B, C). Labels (B,) do for one output."""
+        shape = (*labels.shape, 1) if labels.dim() == 1 else tuple(labels.shape)
+        if logits.dim() != 2 or shape != tuple(logits.shape):
+            raise ValueError(
+                f"Labels of shape {tuple(labels.shape)} do not fit outputs of shape {tuple(logits.shape)}; regression "
+                "needs one label per output, (batch, outputs)."
+            )
+        if segments is not None:
+            raise ValueError("segments (packed sequences) are not supported for regression.")
+        targets = labels.reshape(logits.shape).to(logits.device, torch.promote_types(logits.dtype, torch.float32))
+        if not torch.isfinite(targets).all():
+            raise ValueError("The regression labels contain NaN or Inf; leave such examples out.")
+        return targets
+
+    def observed(self, labels: Tensor) -> Tensor:
+        """See `Observation.observed`; all of them."""
+        return torch.ones(len(labels), dtype=torch.bool, device=labels.device)
+
+    def expect(self, outputs: Tensor) -> Tensor:
+        """The outputs themselves."""
+        return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+
+    def loss(self, outputs: Tensor, expected: Tensor, targets: Tensor) -> Tensor:
+        """See `Observation.loss`."""
+        return (targets - expected).square().sum(-1) / (2 * self.variance)
+
+    def draw(self, expected: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """See `Observation.draw`."""
+        device = generator.device if generator is not None else expected.device
+        noise = torch.randn(expected.shape, generator=generator, device=device, dtype=expected.dtype)
+        return expected + noise.to(expected.device) * math.sqrt(self.variance)
+
+    def residual(self, expected: Tensor, targets: Tensor, out: Tensor, rows: Tensor) -> None:
+        """(f - y) / variance."""
+        out.index_copy_(0, rows, ((expected - targets) / self.variance).to(out.dtype))
+
+    def root(self, expected: Tensor, direction: Tensor) -> Tensor:
+        """W / sqrt(variance)."""
+        return direction / math.sqrt(self.variance)
+
+
+def infer_observation(model: nn.Module) -> Observation:
+    """Choose the observation from the model's class and configuration.
 
     Args:
         model (`nn.Module`): A transformers model, possibly wrapped by PEFT.
 
     Returns:
-        `CategoricalObservation`: Shifted for causal language models, unshifted for sequence classification.
+        `Observation`: Categorical for causal language models, encoder-decoders, sequence and token classification;
+        Gaussian with unit variance for regression.
 
     Raises:
-        ValueError: The task is neither, or the classification head is a regression.
+        ValueError: The task is none of these, or a multi-label classification.
     """
     wrapped: Any = model
     base = wrapped.get_base_model() if hasattr(model, "get_base_model") else wrapped
@@ -94,69 +295,44 @@ def infer_observation(model: nn.Module) -> CategoricalObservation:
     config = getattr(base, "config", None)
     if name.endswith(("ForCausalLM", "LMHeadModel")):
         return CategoricalObservation(shift=True)
+    if name.endswith("ForTokenClassification"):
+        return CategoricalObservation(shift=False)
     if name.endswith("ForSequenceClassification"):
-        problem = getattr(config, "problem_type", None)
-        if getattr(config, "num_labels", 2) == 1 or problem in ("regression", "multi_label_classification"):
+        problem, outputs = getattr(config, "problem_type", None), getattr(config, "num_labels", 2)
+        if problem == "regression" or (problem is None and outputs == 1):
+            return GaussianObservation()
+        if problem == "multi_label_classification":
             raise ValueError(
-                f"{name} with problem_type={problem!r}, num_labels={getattr(config, 'num_labels', None)} is no "
-                "categorical observation; only single-label classification is supported."
+                f"{name} with problem_type={problem!r} is not supported; supported are single-label classification "
+                "and regression."
             )
         return CategoricalObservation(shift=False)
+    seq2seq = name.endswith("ForConditionalGeneration") or "EncoderDecoder" in name
+    if seq2seq and getattr(config, "is_encoder_decoder", False):
+        return CategoricalObservation(shift=False, seq2seq=True)
     raise ValueError(
-        f"Cannot tell what {name} observes; supported are causal language models and sequence classification. "
-        "Pass `observation=CategoricalObservation(shift=...)` if its logits explain integer labels."
+        f"Cannot tell what {name} observes; supported are causal language models, encoder-decoders for conditional "
+        "generation, sequence and token classification, and regression. Pass `observation=CategoricalObservation("
+        "shift=...)` if its logits explain integer labels."
     )
 
 
-def invert_cdf(probabilities: Tensor, generator: torch.Generator | None = None, block: int = 256) -> Tensor:
-    """Draw one index per row of probabilities, by inversion of a two-level cumulative sum.
-
-    `torch.multinomial` needs a random number per entry of the vocabulary, this one per row.
-
-    Args:
-        probabilities (`Tensor`): Float32 rows that sum to one, shape (N, V).
-        generator (`torch.Generator`, *optional*): On the CPU or the device of the probabilities.
-        block (`int`, *optional*, defaults to 256): Width of the lower level.
-
-    Returns:
-        `Tensor`: Indices, shape (N,), int64; none without probability.
-    """
-    rows, width = probabilities.shape
-    device = generator.device if generator is not None else probabilities.device
-    u = torch.rand(rows, generator=generator, device=device, dtype=probabilities.dtype).to(probabilities.device)
-    padded = nn.functional.pad(probabilities, (0, -width % block)) if width % block else probabilities
-    blocks = padded.view(rows, -1, block)
-    mass = blocks.sum(-1)  # (N, V / block)
-    chosen, left = _invert(mass, u * mass.sum(-1))
-    inner = blocks[torch.arange(rows, device=blocks.device), chosen]  # (N, block)
-    offset, _ = _invert(inner, left)
-    return (chosen * block + offset).clamp_(max=width - 1)
-
-
-def _invert(mass: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """First index at which the cumulative mass exceeds `target`, and what is left of the target inside it."""
-    cumulative = mass.cumsum(-1)  # (N, n)
-    # Rounding may leave the target at or above the total: stay below, so that no entry without mass is drawn.
-    target = torch.minimum(target, torch.nextafter(cumulative[:, -1], torch.zeros_like(target)))
-    index = torch.searchsorted(cumulative, target[:, None], right=True).squeeze(-1).clamp_(max=mass.shape[-1] - 1)
-    start = cumulative.gather(1, index[:, None]).squeeze(1) - mass.gather(1, index[:, None]).squeeze(1)
-    return index, (target - start).clamp_(min=0)
-
-
 def negative_log_likelihood(
-    logits: Tensor, labels: Tensor, observation: CategoricalObservation
+    logits: Tensor, labels: Tensor, observation: Observation, segments: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Summed negative log-likelihood and number of labels that count.
+    """Summed negative log-likelihood in nats and number of labels that count.
 
     Args:
         logits (`Tensor`): Shape (..., V).
-        labels (`Tensor`): Shape (...), -100 where nothing is observed.
-        observation (`CategoricalObservation`): How labels meet logits.
+        labels (`Tensor`): As the model takes them.
+        observation (`Observation`): How labels meet logits.
+        segments (`Tensor`, *optional*): See [`Observation.targets`].
 
     Returns:
         `tuple[Tensor, Tensor]`: Scalars.
     """
-    targets = observation.targets(logits, labels)
-    rows = logits.reshape(-1, logits.shape[-1])
-    total = nn.functional.cross_entropy(rows.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
-    return total, targets.ne(IGNORE_INDEX).sum()
+    targets = observation.targets(logits, labels, segments)
+    rows = observation.observed(targets).nonzero().squeeze(-1)
+    outputs = logits.reshape(-1, logits.shape[-1])[rows]
+    total = observation.loss(outputs, observation.expect(outputs), targets[rows]).sum()
+    return total, torch.tensor(len(rows), device=logits.device)

@@ -35,6 +35,8 @@ from transformers import (
 )
 
 from kalman_peft import Belief, KalmanConfig, KalmanTrainer
+from kalman_peft.curvature.fisher import FISHERS
+from kalman_peft.curvature.memory import STRUCTURES
 from recipe_tools.answers import answer_accuracy, teacher_forced_answer_accuracy
 from recipe_tools.choices import load_choices
 from recipe_tools.encoding import tokenize, tokenize_supervised
@@ -53,6 +55,7 @@ LABELS = {
     "loko": "LoKO",
     "kalman": "LoKO with LaLoRA prior",
 }
+CURVATURE = ("laplace_structure", "laplace_space", "laplace_fisher")
 
 
 @dataclass
@@ -91,6 +94,12 @@ class Options:
     forgetting_budget: float | None = field(
         default=None, metadata={"help": "Instead of a strength: allowed rise of the source loss, nats per token."}
     )
+    laplace_structure: str = field(default="kronecker", metadata={"help": f"Shape of the precision: {STRUCTURES}."})
+    laplace_space: str = field(
+        default="delta_w", metadata={"help": "Curvature of the merged update ('delta_w') or of A and B ('adapter')."}
+    )
+    laplace_fisher: str = field(default="sampled", metadata={"help": f"What is back-propagated: {FISHERS}."})
+    laplace_warmup_steps: int = field(default=0, metadata={"help": "Steps on source data before the curvature."})
     source_samples: int = field(default=48, metadata={"help": "Source sequences for the curvature, over all sources."})
     source_heldout: int = field(default=12, metadata={"help": "Source sequences whose loss is logged."})
     loko_curvature_every: int = field(default=4, metadata={"help": "Steps between LoKO's curvature draws."})
@@ -199,6 +208,8 @@ class Job:
             lr_scheduler_type="constant" if loko else o.lr_scheduler,
             loko_curvature_every=o.loko_curvature_every,
             laplace_strength=o.laplace_strength if keeps else None,
+            **({name: getattr(o, name) for name in CURVATURE} if keeps else {}),
+            laplace_warmup_steps=o.laplace_warmup_steps if keeps else 0,
             forgetting_budget=o.forgetting_budget if keeps else None,
             source_samples=o.source_samples,
             source_heldout=o.source_heldout,
@@ -219,7 +230,8 @@ class Job:
             args=config,
             train_dataset=self.train_dataset,
             source_dataset=self.source_dataset if keeps else None,
-            belief=self.belief if keeps else None,
+            # A warm start moves the adapter, so that each method needs its own.
+            belief=self.belief if keeps and not o.laplace_warmup_steps else None,
             processing_class=self.tokenizer,
             data_collator=self.collator,
             callbacks=callbacks,

@@ -18,10 +18,12 @@ torch.set_num_threads(1)
 
 def make_llama(dtype=torch.float64, attn="eager", **overrides):
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=17, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=32, pad_token_id=0, bos_token_id=1, eos_token_id=2, **overrides,
-    )  # fmt: skip
+    options = {
+        "vocab_size": 17, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "max_position_embeddings": 32, "pad_token_id": 0, "bos_token_id": 1,
+        "eos_token_id": 2,
+    }  # fmt: skip
+    config = LlamaConfig(**(options | overrides))
     model = LlamaForCausalLM._from_config(config, attn_implementation=attn)
     # Larger weights than the default initialisation: the curvature should differ visibly between directions.
     for p in model.parameters():

@@ -33,6 +33,18 @@ def test_save_and_load_round_trip(tmp_path, structure, space):
     again.check(model)
 
 
+def test_source_data_travel_with_the_belief(tmp_path):
+    _, belief = fitted()
+    belief.source = {"input_ids": torch.arange(6, dtype=torch.int32).view(2, 3)}
+    belief.info["source"] = {"kind": "self", "seed": 1}
+    belief.to("cpu").save_pretrained(tmp_path)
+    again = Belief.from_pretrained(tmp_path)
+    assert torch.equal(again.source["input_ids"], belief.source["input_ids"])
+    assert again.source["input_ids"].dtype == torch.int32
+    assert again.info["source"] == {"kind": "self", "seed": 1}
+    assert again.mean.keys() == belief.mean.keys()
+
+
 def test_keys_do_not_carry_the_adapter_name(tmp_path):
     model, belief = fitted()
     belief.save_pretrained(tmp_path)
@@ -178,3 +190,31 @@ def test_hub_download_is_asked_for_both_files(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fake)
     Belief.from_pretrained("someone/adapter", revision="v1")
     assert asked == [("someone/adapter", n, "v1") for n in ("belief.safetensors", "belief_config.json")]
+
+
+def test_raises_when_layers_are_left_out_of_the_precision(tmp_path):
+    model, belief = fitted(structure="diagonal", space="adapter")
+    belief.precision.entries.pop(next(iter(belief.precision.entries)))
+    belief.save_pretrained(tmp_path)
+    with pytest.raises(BeliefError, match="does not cover the adapter"):
+        Belief.from_pretrained(tmp_path).check(model)
+
+
+def test_info_may_hold_numbers_of_numpy(tmp_path):
+    _, belief = fitted()
+    belief.info["score"] = torch.tensor(0.5).numpy()
+    belief.save_pretrained(tmp_path)
+    assert Belief.from_pretrained(tmp_path).info["score"] == 0.5
+    belief.info["model"] = object()
+    with pytest.raises(TypeError, match="which JSON cannot"):
+        belief.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("structure", ["dense", "low_rank", "kronecker"])
+def test_what_is_read_computes_bit_for_bit_as_what_was_saved(tmp_path, structure):
+    model, belief = fitted(structure=structure, space="adapter")
+    belief.save_pretrained(tmp_path)
+    again = Belief.from_pretrained(tmp_path)
+    state = {k: v + 0.1 for k, v in AdapterState(model).snapshot().items()}
+    other = again.energy_and_gradient(state)[1]
+    assert all(torch.equal(g, other[k]) for k, g in belief.energy_and_gradient(state)[1].items())

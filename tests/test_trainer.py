@@ -8,51 +8,17 @@ import torch
 from conftest import make_batch, make_llama, make_lora_bert, make_lora_llama
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from training import dataset, make_tokenizer, trainer, weights
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from kalman_peft import AdapterState, Belief, KalmanConfig, KalmanTrainer, LaplaceCallback
+from kalman_peft.curvature.memory import STRUCTURES
 from kalman_peft.laplace import ForgettingBudget, add_penalty_gradient
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    from tokenizers import Tokenizer, models
-
-    raw = Tokenizer(models.WordLevel({f"t{i}": i for i in range(17)}, unk_token="t0"))
-    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="t0", eos_token="t2", bos_token="t1")
-
-
-def dataset(n=12, seed=0, prompt=2):
-    generator = torch.Generator().manual_seed(seed)
-    rows = []
-    for _ in range(n):
-        ids = torch.randint(
-            3, 17, (int(torch.randint(4, 9, (1,), generator=generator)),), generator=generator
-        ).tolist()
-        rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [-100] * prompt + ids[prompt:]})
-    return Dataset.from_list(rows)
-
-
-def trainer(tmp_path, tokenizer, model=None, source=None, belief=None, train=None, **kwargs):
-    options = {
-        "max_steps": 4, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4, "use_cpu": True,
-        "report_to": [], "logging_steps": 1, "save_steps": 2, "disable_tqdm": True, "source_heldout": 4,
-        "learning_rate": None if kwargs.get("optimizer") == "loko" else 1e-2,
-    }  # fmt: skip
-    config = KalmanConfig(str(tmp_path), **(options | kwargs))
-    return KalmanTrainer(
-        model=model or make_lora_llama(torch.float32, attn="sdpa", random_b=False),
-        args=config,
-        train_dataset=train or dataset(),
-        source_dataset=source,
-        belief=belief,
-        processing_class=tokenizer,
-        data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
-    )
-
-
-def weights(trainer):
-    return AdapterState(trainer.model, warn_excluded=False).flatten().clone()
+    return make_tokenizer()
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_torch", "loko"])
@@ -96,6 +62,21 @@ def test_resume_equals_not_stopping(tmp_path, tokenizer, optimizer, budget, bf16
     assert resumed.state.global_step == 4
     assert torch.equal(weights(whole), weights(resumed))
     assert whole.laplace_strength == resumed.laplace_strength
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_resume_equals_not_stopping_in_every_structure(tmp_path, tokenizer, structure):
+    def fresh(folder):
+        return trainer(
+            folder, tokenizer, source=dataset(12, seed=9), optimizer="adamw_torch", laplace_structure=structure,
+            laplace_space="adapter", laplace_warmup_steps=1,
+        )  # fmt: skip
+
+    whole = fresh(tmp_path / "whole")
+    whole.train()
+    resumed = fresh(tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert torch.equal(weights(whole), weights(resumed))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_torch", "loko"])
@@ -331,12 +312,13 @@ def test_sequence_classification(tmp_path, tokenizer):
     "kwargs,match",
     [
         ({"laplace_strength": 1.0, "forgetting_budget": 0.1}, "not both"),
+        ({"laplace_strength": "evidence", "laplace_structure": "block_tridiagonal", "laplace_space": "adapter"}, "not supported with laplace_structure='block_tridiagonal'"),
         ({"optimizer": "loko", "max_grad_norm": 1.0}, "max_grad_norm=1.0 is not supported"),
         ({"optimizer": "loko", "weight_decay": 0.1}, "weight_decay=0.1 is not supported"),
         ({"optimizer": "loko", "label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1"),
         ({"optimizer": "loko", "laplace_form": "proximal"}, "LoKO takes the belief as its prior"),
         ({"optimizer": "loko", "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}, "reentrant"),
-        ({"laplace_structure": "dense"}, "laplace_structure must be one of"),
+        ({"laplace_structure": "banded"}, "laplace_structure must be one of"),
         ({"loko_memory": "full"}, "loko_memory must be one of"),
         ({"source_samples": 0}, "source_samples"),
         ({"laplace_strength": -1.0}, "laplace_strength must be >= 0"),
@@ -383,3 +365,8 @@ def test_raises_when_the_callback_is_misconfigured(kwargs, match):
     belief = Belief.fit(make_lora_llama(torch.float32), [make_batch()], progress_bar=False)
     with pytest.raises(ValueError, match=match):
         LaplaceCallback(belief, **kwargs)
+
+
+def test_warns_of_a_curvature_without_source(tmp_path, tokenizer):
+    with pytest.warns(UserWarning, match=r"laplace_fisher: no effect without `source_dataset="):
+        trainer(tmp_path, tokenizer, optimizer="adamw_torch", laplace_fisher="empirical")

@@ -2,7 +2,8 @@
 
 from .estimate import estimate_curvature
 from .fisher import backward_scores
+from .memory import CurvatureMemory, curvature_memory
 from .taps import tapped
 
 
-__all__ = ["backward_scores", "estimate_curvature", "tapped"]
+__all__ = ["CurvatureMemory", "backward_scores", "curvature_memory", "estimate_curvature", "tapped"]

@@ -9,243 +9,258 @@ from torch import Tensor
 from ..adapters import AdapterState
 from ..precision import (
     DeltaDiagonalPrecision,
-    DeltaKroneckerPrecision,
+    DensePrecision,
     DiagonalPrecision,
-    EigenFactor,
-    KroneckerPrecision,
+    LowRankPrecision,
     Precision,
 )
-from ..precision.kronecker import KroneckerBlocks
+from .moments import sketch_columns
+from .sequences import Sequences
 from .taps import Side
 
 
 class Accumulator(ABC):
     """Running sums of one structure of curvature.
 
+    Several sources are pooled by their weights: `close_source` turns the sums of the source that ends into means.
+
     Args:
         state (`AdapterState`): The adapter.
-        weight (`float`): Factor on every contribution, 1 / number of draws.
+        offload (`bool`, *optional*, defaults to `False`): Keep large sums on the CPU.
     """
 
-    def __init__(self, state: AdapterState, weight: float = 1.0):
-        self.state, self.weight = state, weight
+    def __init__(self, state: AdapterState, *, offload: bool = False):
+        self.state = state
         self.dtype = torch.promote_types(state.pairs[0].a.dtype, torch.float32)
-        self.batch_size = 0
-        self.mask: Tensor | None = None
-
-    def start_batch(self, batch_size: int, mask: Tensor | None) -> None:
-        """Announce a batch: number of sequences, and which positions can carry a gradient, (batch, time)."""
-        self.batch_size, self.mask = batch_size, mask
+        self.device = torch.device("cpu") if offload else state.pairs[0].a.device
+        self.weight = 1.0  # of the backward passes to come
+        self.first = True  # whether they are the first through their batch
+        self.skipping = False  # whether they only keep other processes company
+        self.sequences: Sequences
+        self._seen: set[tuple[int, Side]] = set()
+        self._pooled: list[Tensor] | None = None
 
     @abstractmethod
     def handle(self, index: int, side: Side, inputs: Tensor, grads: Tensor) -> None:
         """Take one tap (see `tapped`): inputs (batch, time, d_in), grads (batch, time, d_out)."""
 
+    def begin_backward(self, number: int) -> None:
+        """A backward pass starts, the `number`-th through its batch."""
+        self.first = number == 0
+        self._seen.clear()
+
+    def end_backward(self) -> None:  # noqa: B027 -- most structures need nothing here
+        """All taps of one backward pass have been handled."""
+
     @abstractmethod
     def sums(self) -> list[Tensor]:
         """The tensors to be added over processes."""
 
-    @abstractmethod
-    def finalize(self, num_tokens: float) -> Precision:
-        """The precision per observed token."""
+    def counts(self) -> list[Tensor]:
+        """Small tensors that must be known over all processes before a source is closed."""
+        return []
 
-    def per_sequence(self, x: Tensor, name: str) -> Tensor:
-        """Shape a tap to (batch, time, d), or refuse a layer whose rows are not the batch's sequences."""
-        if x.shape[0] != self.batch_size:
+    def close_source(self, share: float, num_tokens: float, last: bool) -> None:
+        """Turn the sums of a source into `share` times their mean, and pool them with the sources before it.
+
+        Args:
+            share (`float`): The source's weight, all weights adding up to 1.
+            num_tokens (`float`): Labels observed in it, over all processes.
+            last (`bool`): Whether no further source comes.
+        """
+        sums = self.sums()
+        for tensor, count in zip(sums, self._normalisers(num_tokens), strict=True):
+            tensor.mul_(share / count)
+        if last and self._pooled is None:
+            return
+        if self._pooled is None:
+            self._pooled = [torch.zeros_like(t) for t in sums]
+        for pooled, tensor in zip(self._pooled, sums, strict=True):
+            pooled.add_(tensor)
+            tensor.copy_(pooled) if last else tensor.zero_()
+
+    def _normalisers(self, num_tokens: float) -> list[float]:
+        return [num_tokens] * len(self.sums())
+
+    @abstractmethod
+    def finalize(self) -> Precision:
+        """The precision per observed token, after all sources are closed and all processes have been added."""
+
+    def take_once(self, index: int, side: Side) -> None:
+        """Refuse a layer that is called twice in one forward pass where squares of its whole score are needed."""
+        if (index, side) in self._seen:
             raise ValueError(
-                f"{name} sees {x.shape[0]} rows for a batch of {self.batch_size} sequences; the exact Fisher per "
-                "sequence needs the batch as first dimension. Use structure='kronecker'."
+                f"{self.state.pairs[index].name} is called several times in one forward pass (a shared module), so "
+                "that its score is complete only after all of them; use structure='low_rank' or 'dense', or "
+                "'kronecker' (which takes the calls for independent)."
             )
-        return x.reshape(self.batch_size, -1, x.shape[-1]).to(self.dtype)
+        self._seen.add((index, side))
+
+    def zeros(self, *shape: int) -> Tensor:
+        """Zero sums."""
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+    def scores(self, key: str, inputs: Tensor, grads: Tensor) -> Tensor:
+        """Gradient of every sequence's loss in one factor, (sequences, rows, columns)."""
+        split = self.sequences.split
+        return split(grads, key).to(self.dtype).mT @ split(inputs, key).to(self.dtype)
 
 
 class DiagonalAccumulator(Accumulator):
     """sum_b (sum_t g_t x_t^T)^2 per factor: the exact gradient of each sequence, squared."""
 
-    def __init__(self, state: AdapterState, weight: float = 1.0):
-        super().__init__(state, weight)
-        self.entries = {
-            k: torch.zeros(p.shape, dtype=self.dtype, device=p.device) for k, p in state.parameters().items()
-        }
+    def __init__(self, state: AdapterState, *, offload: bool = False):
+        super().__init__(state, offload=offload)
+        self.entries = {key: self.zeros(*p.shape) for key, p in state.parameters().items()}
 
     def handle(self, index: int, side: Side, inputs: Tensor, grads: Tensor) -> None:
         """See `Accumulator.handle`."""
-        pair = self.state.pairs[index]
-        key = pair.key_a if side == "a" else pair.key_b
-        scores = self.per_sequence(grads, key).mT @ self.per_sequence(inputs, key)  # (batch, d_out, d_in)
-        self.entries[key].add_(scores.square_().sum(0), alpha=self.weight)
+        self.take_once(index, side)
+        key = self.state.pairs[index].key(side)
+        squares = self.scores(key, inputs, grads).square_().sum(0)
+        self.entries[key].add_(squares.to(self.device), alpha=self.weight)
 
     def sums(self) -> list[Tensor]:
         """See `Accumulator.sums`."""
         return list(self.entries.values())
 
-    def finalize(self, num_tokens: float) -> DiagonalPrecision:
+    def finalize(self) -> DiagonalPrecision:
         """See `Accumulator.finalize`."""
-        return DiagonalPrecision({key: f / num_tokens for key, f in self.entries.items()})
+        return DiagonalPrecision(self.entries)
 
 
 class DeltaDiagonalAccumulator(Accumulator):
     """sum_b (sum_t g_t x_t^T)^2 for the merged weight, from g at B and x at A."""
 
-    def __init__(self, state: AdapterState, weight: float = 1.0):
-        super().__init__(state, weight)
-        self.entries = {
-            pair.name: torch.zeros(pair.b.shape[0], pair.a.shape[1], dtype=self.dtype, device=pair.a.device)
-            for pair in state
-        }
+    def __init__(self, state: AdapterState, *, offload: bool = False):
+        super().__init__(state, offload=offload)
+        self.entries = {pair.name: self.zeros(pair.b.shape[0], pair.a.shape[1]) for pair in state}
         self._grads: dict[int, Tensor] = {}
 
     def handle(self, index: int, side: Side, inputs: Tensor, grads: Tensor) -> None:
         """See `Accumulator.handle`."""
+        self.take_once(index, side)
         pair = self.state.pairs[index]
         if side == "b":  # always reached first; A's input is still to come
-            self._grads[index] = self.per_sequence(grads, pair.name) / pair.scaling
+            self._grads[index] = self.sequences.split(grads, pair.name).to(self.dtype) / pair.scaling
             return
-        x, g = self.per_sequence(inputs, pair.name), self._grads.pop(index)
+        x, g = self.sequences.split(inputs, pair.name).to(self.dtype), self._grads.pop(index)
         for sequence_x, sequence_g in zip(x, g, strict=True):  # one d_out x d_in score at a time
-            self.entries[pair.name].add_((sequence_g.mT @ sequence_x).square_(), alpha=self.weight)
+            squares = (sequence_g.mT @ sequence_x).square_()
+            self.entries[pair.name].add_(squares.to(self.device), alpha=self.weight)
 
     def sums(self) -> list[Tensor]:
         """See `Accumulator.sums`."""
         return list(self.entries.values())
 
-    def finalize(self, num_tokens: float) -> DeltaDiagonalPrecision:
+    def finalize(self) -> DeltaDiagonalPrecision:
         """See `Accumulator.finalize`."""
-        return DeltaDiagonalPrecision(
-            {name: f / num_tokens for name, f in self.entries.items()},
-            {pair.name: pair.scaling for pair in self.state},
-        )
+        return DeltaDiagonalPrecision(self.entries, {pair.name: pair.scaling for pair in self.state})
 
 
-class SecondMoment:
-    """Sum over rows x x^T, in full for short sides, as a single-pass sketch for long ones.
+class ScoreAccumulator(Accumulator):
+    """Sums that need the score of a sequence over the whole adapter: held for one backward pass."""
 
-    Both are linear in the data: the sketch is Y = (sum x x^T) Omega with a fixed Gaussian Omega, and the trace.
-
-    Args:
-        size (`int`): n.
-        rank (`int`): Eigenpairs kept of a long side.
-        dense_limit (`int`): Sides up to this size are summed in full.
-        name (`str`): Seeds Omega, so that all processes and all runs share it.
-        like (`Tensor`): Gives dtype and device.
-    """
-
-    def __init__(self, size: int, rank: int, dense_limit: int, name: str, like: Tensor):
-        self.size, self.rank = size, min(rank, size)
-        columns = 2 * self.rank + 8
-        self.dense = size <= max(dense_limit, columns)
-        self.trace = like.new_zeros(())
-        if self.dense:
-            self.total = like.new_zeros(size, size)
-        else:
-            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-            self.omega = torch.randn(size, columns, generator=generator).to(like)
-            self.total = like.new_zeros(size, columns)
-
-    def add(self, rows: Tensor, weight: float) -> None:
-        """Add rows (N, n)."""
-        if self.dense:
-            self.total.addmm_(rows.mT, rows, alpha=weight)
-        else:
-            self.total.addmm_(rows.mT, rows @ self.omega, alpha=weight)
-            self.trace.add_(rows.square().sum(), alpha=weight)
-
-    def sums(self) -> list[Tensor]:
-        """The linear statistics."""
-        return [self.total] if self.dense else [self.total, self.trace]
-
-    def finalize(self, count: float) -> EigenFactor:
-        """The mean second moment as a factor."""
-        if self.dense:
-            return EigenFactor.from_dense(self.total / count)
-        return EigenFactor.from_sketch(self.total / count, self.omega, self.trace / count, self.rank)
-
-
-class KroneckerAccumulator(Accumulator):
-    """Second moments of inputs and output gradients, for each factor ("adapter") or each layer ("delta_w")."""
-
-    def __init__(self, state: AdapterState, weight: float = 1.0, *, space: str, rank: int, dense_limit: int):
-        super().__init__(state, weight)
-        self.space = space
-        like = torch.zeros((), dtype=self.dtype, device=state.pairs[0].a.device)
-
-        def moment(size: int, name: str, parameter: Tensor) -> SecondMoment:
-            return SecondMoment(size, rank, dense_limit, name, like.to(parameter.device))
-
-        self.inputs: dict[tuple[int, Side], SecondMoment] = {}
-        self.grads: dict[tuple[int, Side], SecondMoment] = {}
-        for index, pair in enumerate(state):
-            self.inputs[index, "a"] = moment(pair.a.shape[1], f"{pair.name}:x", pair.a)
-            self.grads[index, "b"] = moment(pair.b.shape[0], f"{pair.name}:g", pair.b)
-            if space == "adapter":
-                self.grads[index, "a"] = moment(pair.rank, f"{pair.name}:ga", pair.a)
-                self.inputs[index, "b"] = moment(pair.rank, f"{pair.name}:u", pair.b)
-        self.positions = like.new_zeros(len(state))
+    def __init__(self, state: AdapterState, *, offload: bool = False):
+        super().__init__(state, offload=offload)
+        self.shapes = {key: p.shape for key, p in state.parameters().items()}
+        self._scores: dict[str, Tensor] = {}
 
     def handle(self, index: int, side: Side, inputs: Tensor, grads: Tensor) -> None:
         """See `Accumulator.handle`."""
-        if (index, side) in self.inputs:
-            rows = self._real(inputs)
-            self.inputs[index, side].add(rows, self.weight)
-            if side == "a":
-                self.positions[index] += self.weight * len(rows)
-        if (index, side) in self.grads:
-            self.grads[index, side].add(self._real(grads), self.weight)
+        key = self.state.pairs[index].key(side)
+        score = self.scores(key, inputs, grads).to(self.device)  # (sequences, rows, columns)
+        self._scores[key] = self._scores[key] + score if key in self._scores else score
 
-    def _real(self, x: Tensor) -> Tensor:
-        # Padding has zero gradient but non-zero activations, so it must not enter the input moments.
-        if self.mask is not None and x.dim() == 3 and x.shape[:2] == self.mask.shape:
-            x = x[self.mask]
-        return x.reshape(-1, x.shape[-1]).to(self.dtype)
+    def end_backward(self) -> None:
+        """See `Accumulator.end_backward`."""
+        if self._scores:
+            count = self.sequences.count
+            for key, shape in self.shapes.items():
+                if key not in self._scores:  # an expert that was not chosen
+                    self._scores[key] = self.zeros(count, *shape)
+            self.add(self._scores)
+        self._scores = {}
+
+    @abstractmethod
+    def add(self, scores: dict[str, Tensor]) -> None:
+        """Take the scores of all sequences, (sequences, rows, columns) per key."""
+
+
+class DenseAccumulator(ScoreAccumulator):
+    """sum_b c_b c_b^T over whole scores c_b (D,)."""
+
+    def __init__(self, state: AdapterState, *, offload: bool = False):
+        super().__init__(state, offload=offload)
+        self.matrix = self.zeros(state.num_parameters, state.num_parameters)
+
+    def add(self, scores: dict[str, Tensor]) -> None:
+        """See `ScoreAccumulator.add`."""
+        flat = torch.cat([scores[key].flatten(1) for key in self.shapes], dim=1)  # (sequences, D)
+        self.matrix.addmm_(flat.mT, flat, alpha=self.weight)
 
     def sums(self) -> list[Tensor]:
         """See `Accumulator.sums`."""
-        moments = (*self.inputs.values(), *self.grads.values())
-        return [self.positions, *(tensor for moment in moments for tensor in moment.sums())]
+        return [self.matrix]
 
-    def finalize(self, num_tokens: float) -> Precision:
-        """See `Accumulator.finalize`; sum_t g g^T / tokens (x) mean of x x^T over positions."""
-        blocks = {}
-        positions = self.positions.clamp(min=1).tolist()
-        for index, pair in enumerate(self.state):
-            sides: tuple[tuple[str, Side, Side], ...]
-            if self.space == "adapter":
-                sides = ((pair.key_a, "a", "a"), (pair.key_b, "b", "b"))
-            else:
-                sides = ((pair.name, "b", "a"),)
-            for name, grad_side, input_side in sides:
-                left = self.grads[index, grad_side].finalize(num_tokens)
-                right = self.inputs[index, input_side].finalize(positions[index])
-                if self.space == "delta_w":  # taps contain the scaling, the gradient of DW does not
-                    square = pair.scaling**2
-                    left = EigenFactor(left.vectors, left.values / square, left.tail / square)
-                blocks[name] = (left, right)
-        if self.space == "adapter":
-            return KroneckerPrecision(KroneckerBlocks(blocks))
-        return DeltaKroneckerPrecision(KroneckerBlocks(blocks), {pair.name: pair.scaling for pair in self.state})
+    def finalize(self) -> DensePrecision:
+        """See `Accumulator.finalize`."""
+        return DensePrecision(self.matrix, self.shapes)
 
 
-def make_accumulator(
-    state: AdapterState, structure: str, space: str, *, weight: float, rank: int, dense_limit: int
-) -> Accumulator:
-    """The accumulator for a structure in a space; names are checked by the caller."""
-    if structure == "kronecker":
-        return KroneckerAccumulator(state, weight, space=space, rank=rank, dense_limit=dense_limit)
-    return (DiagonalAccumulator if space == "adapter" else DeltaDiagonalAccumulator)(state, weight)
+class LowRankAccumulator(ScoreAccumulator):
+    """The diagonal, exactly, and a single-pass sketch Y = (sum_b c_b c_b^T) Omega of all the rest.
 
+    Omega (D, m) is never formed: for a factor of shape (o, i) its j-th column is the outer product of two Gaussian
+    vectors a_j (o,), b_j (i,).
+    """
 
-def accumulator_bytes(state: AdapterState, structure: str, space: str, rank: int, dense_limit: int) -> int:
-    """Bytes that the running sums of a structure take, in float32."""
+    def __init__(self, state: AdapterState, *, rank: int, offload: bool = False):
+        super().__init__(state, offload=offload)
+        self.rank = rank
+        columns = sketch_columns(rank)
+        self.entries = {key: self.zeros(*shape) for key, shape in self.shapes.items()}
+        self.sketch = {key: self.zeros(shape.numel(), columns) for key, shape in self.shapes.items()}
+        self.omega = {}
+        for key, (rows, cols) in self.shapes.items():
+            generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
+            a, b = (torch.randn(n, columns, generator=generator) for n in (rows, cols))
+            self.omega[key] = a.to(self.entries[key]), b.to(self.entries[key])
 
-    def side(size: int) -> int:
-        columns = 2 * min(rank, size) + 8
-        return size * size if size <= max(dense_limit, columns) else 2 * size * columns
+    def add(self, scores: dict[str, Tensor]) -> None:
+        """See `ScoreAccumulator.add`."""
+        products = self.zeros(self.sequences.count, sketch_columns(self.rank))  # (sequences, m): c_b^T Omega
+        for key, c in scores.items():
+            a, b = self.omega[key]
+            products += ((c.mT @ a) * b).sum(1) if a.shape[0] < b.shape[0] else ((c @ b) * a).sum(1)
+        for key, c in scores.items():
+            self.entries[key].add_(c.square().sum(0), alpha=self.weight)
+            self.sketch[key].addmm_(c.flatten(1).mT, products, alpha=self.weight)
 
-    total = 0
-    for pair in state:
-        d_out, d_in = pair.b.shape[0], pair.a.shape[1]
-        if structure == "diagonal":
-            total += d_out * d_in if space == "delta_w" else pair.rank * (d_out + d_in)
-        else:
-            total += side(d_in) + side(d_out) + (2 * side(pair.rank) if space == "adapter" else 0)
-    return 4 * total
+    def sums(self) -> list[Tensor]:
+        """See `Accumulator.sums`."""
+        return [*self.entries.values(), *self.sketch.values()]
+
+    def finalize(self) -> LowRankPrecision:
+        """See `Accumulator.finalize`: Nystroem, F ~ Y (Omega^T Y)^+ Y^T, cut to `rank`, the diagonal as measured."""
+        core = torch.zeros((), dtype=torch.float64, device=self.device)
+        for key, (rows, cols) in self.shapes.items():
+            a, b = self.omega[key]
+            y = self.sketch[key].view(rows, cols, -1)
+            turned = torch.einsum("oj,oip->ijp", a, y) if rows < cols else torch.einsum("ij,oip->ojp", b, y)
+            core = core + torch.einsum("nj,njp->jp", b if rows < cols else a, turned).double()
+        values, vectors = torch.linalg.eigh((core + core.mT) / 2)
+        # Directions below rounding carry no information.
+        keep = values > values[-1].clamp(min=0) * torch.finfo(self.dtype).eps * 10
+        root = vectors * torch.where(keep, values.clamp(min=torch.finfo(values.dtype).tiny).rsqrt(), 0.0)
+        # F ~ (Y root)(Y root)^T: its largest directions through the Gram matrix, so that no other (D, m) is formed.
+        gram = torch.stack([(y.mT @ y).double() for y in self.sketch.values()]).sum(0)
+        _, mixing = torch.linalg.eigh(root.mT @ gram @ root)  # ascending
+        root = root @ mixing[:, -self.rank :]
+        kept = self.zeros(self.state.num_parameters, root.shape[1])  # (D, k)
+        parts = kept.split([y.shape[0] for y in self.sketch.values()])
+        for part, y in zip(parts, self.sketch.values(), strict=True):
+            torch.mm(y, root.to(y), out=part)
+        entries = torch.cat([f.reshape(-1) for f in self.entries.values()])
+        entries -= torch.linalg.vector_norm(kept, dim=1).square_()
+        return LowRankPrecision(entries.clamp_(min=0), kept, self.shapes)

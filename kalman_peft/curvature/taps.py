@@ -22,7 +22,9 @@ TapFunction = Callable[[int, Side, Tensor, Tensor], None]
 
 class _Tap(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, output: Tensor, inputs: Tensor, handler: TapFunction, index: int, side: Side) -> Tensor:
+    def forward(
+        ctx: Any, output: Tensor, inputs: Tensor, root: Tensor, handler: TapFunction, index: int, side: Side
+    ) -> Tensor:
         ctx.save_for_backward(inputs)
         ctx.handler, ctx.index, ctx.side = handler, index, side
         return output.view_as(output)
@@ -31,7 +33,7 @@ class _Tap(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         (inputs,) = ctx.saved_tensors
         ctx.handler(ctx.index, ctx.side, inputs.detach(), grads[0].detach())
-        return grads[0], None, None, None, None
+        return grads[0], None, None, None, None, None
 
 
 @contextmanager
@@ -40,8 +42,8 @@ def tapped(state: AdapterState, handler: TapFunction) -> Iterator[None]:
 
     For one backward pass the handler sees, per adapted layer, first B with input u = A x and gradient dl/d(B u), then
     A with input x and gradient dl/d(A x). The gradient of a factor's weight is the sum over positions of
-    gradient x input. The scaling of the pair is already contained in both gradients. Hooks are removed on exit, also
-    after an exception.
+    gradient x input. The scaling of the pair is already contained in both gradients. The weights themselves need no
+    gradient. Hooks are removed on exit, also after an exception.
 
     Args:
         state (`AdapterState`): The adapter to tap.
@@ -50,12 +52,19 @@ def tapped(state: AdapterState, handler: TapFunction) -> Iterator[None]:
     Yields:
         None: Forward passes run inside the context are tapped.
     """
+    roots: dict[torch.device, Tensor] = {}
+
+    def root(device: torch.device) -> Tensor:
+        """A leaf with which the graph begins at a tap, whether or not the factor's weight requires a gradient."""
+        if device not in roots:
+            roots[device] = torch.zeros((), device=device, requires_grad=True)
+        return roots[device]
 
     def hook(index: int, side: Side):
         def forward_hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            if not output.requires_grad:  # no graph: inference, or the outer pass of reentrant checkpointing
+            if not torch.is_grad_enabled():  # inference, or the outer pass of reentrant checkpointing
                 return output
-            return _Tap.apply(output, args[0], handler, index, side)  # type: ignore[return-value]
+            return _Tap.apply(output, args[0], root(output.device), handler, index, side)  # type: ignore
 
         return forward_hook
 

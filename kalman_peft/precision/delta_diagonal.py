@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from ..adapters import A_SUFFIX, B_SUFFIX
-from .base import Precision, State
+from .base import State
+from .diagonal import DiagonalAlgebra
 
 
-class DeltaDiagonalPrecision(Precision):
+class DeltaDiagonalPrecision(DiagonalAlgebra):
     """R = 1/2 sum_oi F_oi (DW - DW_0)_oi^2 over all adapted layers.
 
     Args:
@@ -21,11 +22,15 @@ class DeltaDiagonalPrecision(Precision):
         scaling (`Mapping[str, float]`): s per module name.
     """
 
-    structure, space = "diagonal", "delta_w"
+    space = "delta_w"
     supports_proximal = False
 
     def __init__(self, entries: Mapping[str, Tensor], scaling: Mapping[str, float]):
-        self.entries, self.scaling = dict(entries), dict(scaling)
+        super().__init__(entries)
+        self.scaling = dict(scaling)
+
+    def _with(self, entries: Mapping[str, Tensor]) -> "DeltaDiagonalPrecision":
+        return type(self)(entries, self.scaling)
 
     def energy_and_gradient(self, state: State, mean: State) -> tuple[Tensor, dict[str, Tensor]]:
         """See `Precision.energy_and_gradient`; forms DW layer by layer, never all of it at once."""

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from ..adapters import A_SUFFIX, B_SUFFIX
 from .base import Precision, State, stack
-from .factor import EigenFactor, divide_in_eigenbasis
-from .kronecker import KroneckerBlocks
+from .block_tridiagonal import BlockTridiagonalPrecision
+from .ekfac import DeltaEigenKroneckerPrecision
+from .factor import EigenFactor, apply_cells, shrink_cells
+from .kronecker import KroneckerAlgebra, KroneckerBlocks
 
 
-class DeltaKroneckerPrecision(Precision):
+class DeltaKroneckerPrecision(KroneckerAlgebra):
     """R = 1/2 sum over layers of s^2 tr[(B^T G B)(A S A^T)], around the start.
 
     Args:
@@ -25,15 +27,21 @@ class DeltaKroneckerPrecision(Precision):
         scaling (`Mapping[str, float]`): s per module name.
     """
 
-    structure, space = "kronecker", "delta_w"
+    space = "delta_w"
 
     def __init__(self, blocks: KroneckerBlocks, scaling: Mapping[str, float]):
-        self.blocks = blocks
+        super().__init__(blocks)
         self.scaling = dict(scaling)
         self._squares = [
             torch.tensor([self.scaling[n] ** 2 for n in names]).to(gradients.values)[:, None, None]
             for names, gradients, _ in blocks.groups
         ]
+
+    def _with(self, blocks: KroneckerBlocks) -> "DeltaKroneckerPrecision":
+        return type(self)(blocks, self.scaling)
+
+    def _corrected(self, cells: dict[str, Tensor]) -> Precision:
+        return DeltaEigenKroneckerPrecision(self.blocks, cells, self.scaling)
 
     def energy_and_gradient(self, state: State, mean: State) -> tuple[Tensor, dict[str, Tensor]]:
         """See `Precision.energy_and_gradient`."""
@@ -57,11 +65,11 @@ class DeltaKroneckerPrecision(Precision):
             # B + c G B (A S A^T) = B~ + c G B_0 (A_0 S A^T)
             sa = s.matmul(a.mT)
             inner = EigenFactor.from_dense(c * (a @ sa))
-            b = divide_in_eigenbasis(g, inner, b + c * g.matmul(b0 @ (a0 @ sa)), 1.0)
+            b = apply_cells(g, inner, shrink_cells(g, inner, 1.0), b + c * g.matmul(b0 @ (a0 @ sa)))
             # A + c (B^T G B) A S = A~ + c (B^T G B_0) A_0 S
             gb = g.matmul(b)
             inner = EigenFactor.from_dense(c * (b.mT @ gb))
-            a = divide_in_eigenbasis(inner, s, a + c * s.matmul(((gb.mT @ b0) @ a0).mT).mT, 1.0)
+            a = apply_cells(inner, s, shrink_cells(inner, s, 1.0), a + c * s.matmul(((gb.mT @ b0) @ a0).mT).mT)
             _scatter(new, names, a, b)
         return new
 
@@ -93,6 +101,21 @@ class DeltaKroneckerPrecision(Precision):
             result[name + A_SUFFIX] = square * torch.outer(g.quadratic(b).diagonal(), s.diagonal())
             result[name + B_SUFFIX] = square * torch.outer(g.diagonal(), s.quadratic(a.mT).diagonal())
         return result
+
+    def linearized(self, state: State) -> BlockTridiagonalPrecision:
+        """The Gaussian over A and B with the same second-order expansion at `state`: J^T (s^2 G (x) S) J.
+
+        Args:
+            state (`State`): The adapter's factors where the merged update is linearised.
+
+        Returns:
+            `BlockTridiagonalPrecision`: In the adapter's space; blind to A where B = 0.
+        """
+        items = self.blocks.items()
+        blocks = {name: (g.scale(self.scaling[name] ** 2), s) for name, (g, s) in items.items()}
+        like = self.like
+        expansion = {n + x: state[n + x].detach().to(like, copy=True) for n in items for x in (A_SUFFIX, B_SUFFIX)}
+        return BlockTridiagonalPrecision(KroneckerBlocks(blocks), expansion)
 
     def tensors(self) -> dict[str, Tensor]:
         """See `Precision.tensors`."""

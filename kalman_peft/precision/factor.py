@@ -102,6 +102,40 @@ class EigenFactor:
         """Whether all eigenpairs are kept, so that there is no complement."""
         return self.vectors.shape[-1] == self.vectors.shape[-2]
 
+    @property
+    def extended(self) -> Tensor:
+        """Eigenvalues and, last, that of the complement; shape (..., k + 1)."""
+        return torch.cat([self.values, self.tail[..., None]], dim=-1)
+
+    @property
+    def multiplicity(self) -> Tensor:
+        """How many dimensions each of `extended` stands for, shape (k + 1,)."""
+        n, k = self.signature
+        return torch.tensor([1.0] * k + [float(n - k)], dtype=self.values.dtype, device=self.values.device)
+
+    def scale(self, factor: float) -> "EigenFactor":
+        """factor * F."""
+        return EigenFactor(self.vectors, factor * self.values, factor * self.tail)
+
+    def merge(self, other: "EigenFactor", weight: float, other_weight: float) -> "EigenFactor":
+        """weight * F + other_weight * other, with as many eigenpairs as the larger of the two; keeps the trace."""
+        n, rank = self.size, max(self.signature[1], other.signature[1])
+        parts = ((self, weight), (other.to(self.vectors.device), other_weight))
+        if sum(f.signature[1] for f, _ in parts) >= n:
+            return self.from_dense(sum(w * f.to_dense() for f, w in parts), rank)  # type: ignore[arg-type]
+        basis = torch.linalg.qr(torch.cat([f.vectors.double() for f, _ in parts], dim=-1)).Q  # (..., n, 2k)
+        core = torch.zeros((), dtype=basis.dtype, device=basis.device)
+        for f, w in parts:
+            inner = basis.mT @ f.vectors.double()  # (..., 2k, k)
+            core = core + w * (inner * (f.values - f.tail[..., None]).double()[..., None, :]) @ inner.mT
+        tail = sum(w * f.tail.double() for f, w in parts)
+        values, vectors = torch.linalg.eigh(core)
+        dropped = values[..., :-rank].sum(-1)
+        kept = (values[..., -rank:] + tail[..., None]).clamp(min=0)  # type: ignore[index]
+        dtype = self.values.dtype
+        rest = (tail + dropped / (n - rank)).clamp(min=0)  # type: ignore[union-attr]
+        return EigenFactor((basis @ vectors[..., -rank:]).to(dtype).contiguous(), kept.to(dtype), rest.to(dtype))
+
     def matmul(self, x: Tensor) -> Tensor:
         """Multiply from the left: (..., n, m) -> (..., n, m)."""
         projected = self.vectors.mT @ x  # (..., k, m)
@@ -142,33 +176,37 @@ class EigenFactor:
         return cls(tensors[f"{prefix}.vectors"], tensors[f"{prefix}.values"], tensors[f"{prefix}.tail"])
 
 
-def divide_in_eigenbasis(left: EigenFactor, right: EigenFactor, x: Tensor, scale: float) -> Tensor:
-    """Solve y + scale * L y R = x, elementwise in the joint eigenbasis of L and R.
+def apply_cells(left: EigenFactor, right: EigenFactor, cells: Tensor, x: Tensor) -> Tensor:
+    """Multiply by a matrix that is diagonal in the joint eigenbasis of two factors.
+
+    Only the factors' vectors are used. With P, Q their projectors onto kept directions, the entries of `cells` act on
+    the kept pairs of directions; its last row and column act on the complements of the left and right basis.
 
     Args:
-        left (`EigenFactor`): L, side o.
-        right (`EigenFactor`): R, side i.
+        left (`EigenFactor`): Basis of the rows, side o.
+        right (`EigenFactor`): Basis of the columns, side i.
+        cells (`Tensor`): Shape (..., k_left + 1, k_right + 1).
         x (`Tensor`): Shape (..., o, i).
-        scale (`float`): >= 0.
 
     Returns:
-        `Tensor`: y, shape (..., o, i).
+        `Tensor`: Shape (..., o, i).
     """
-    # R-eigenspaces decouple: on each, y + scale * r * L y = x. Inside the kept basis of R the eigenvalue differs by
-    # column; on the complement it is R's tail.
-    inside = x @ right.vectors  # (..., o, k_R)
-    solved = _shrink(left, inside, scale * right.values)
+    inside = x @ right.vectors  # (..., o, k_right)
+    y = _apply_left(left, cells[..., :-1], inside) @ right.vectors.mT
     if right.is_complete:
-        return solved @ right.vectors.mT
-    outside = x - inside @ right.vectors.mT  # (..., o, i)
-    return _shrink(left, outside, scale * right.tail[..., None]) + solved @ right.vectors.mT
+        return y
+    return y + _apply_left(left, cells[..., -1:], x - inside @ right.vectors.mT)
 
 
-def _shrink(left: EigenFactor, x: Tensor, weights: Tensor) -> Tensor:
-    """Solve (I + w_j L) y_j = x_j for each column j; weights (..., m) or (..., 1)."""
-    projected = left.vectors.mT @ x  # (..., k_L, m)
-    kept = projected / (1 + left.values[..., None] * weights[..., None, :])
+def _apply_left(left: EigenFactor, cells: Tensor, x: Tensor) -> Tensor:
+    """The same for the rows; cells (..., k_left + 1, m), or m = 1 for all columns, x (..., o, m)."""
+    projected = left.vectors.mT @ x  # (..., k_left, m)
+    y = left.vectors @ (cells[..., :-1, :] * projected)
     if left.is_complete:
-        return left.vectors @ kept
-    rest = 1 + left.tail[..., None, None] * weights[..., None, :]
-    return (x - left.vectors @ projected) / rest + left.vectors @ kept
+        return y
+    return y + cells[..., -1:, :] * (x - left.vectors @ projected)
+
+
+def shrink_cells(left: EigenFactor, right: EigenFactor, scale: float) -> Tensor:
+    """Cells of (I + scale * L (x) R)^-1, for `apply_cells`."""
+    return 1 / (1 + scale * left.extended[..., :, None] * right.extended[..., None, :])

@@ -11,10 +11,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from conftest import make_batch, make_lora_llama
 from datasets import Dataset
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import default_data_collator
 
-from kalman_peft import AdapterState, Belief, KalmanConfig, KalmanTrainer, create_loko_optimizer
-from kalman_peft.distributed import world
+from kalman_peft import AdapterState, Belief, KalmanConfig, KalmanTrainer, create_loko_optimizer, sample_source
+from kalman_peft.curvature.memory import STRUCTURES
+from kalman_peft.distributed import is_sharded, whole, world
+from kalman_peft.laplace import add_penalty_gradient, proximal_step
+
+
+CURVATURES = [(s, "adapter") for s in STRUCTURES] + [(s, "delta_w") for s in ("diagonal", "kronecker", "ekfac")]
 
 
 def loader():
@@ -22,21 +29,42 @@ def loader():
     return [make_batch(lengths=lengths, seed=s) for s, lengths in enumerate([(6, 4), (5,), (7, 3, 4), (4,), (6, 5)])]
 
 
-def curvature(out):
+def curvature(out, shard=False):
+    """Every structure, from two weighted sources; in process 1 the adapter starts elsewhere, unless it is sharded."""
     result = {}
-    for structure, space in (("diagonal", "adapter"), ("kronecker", "delta_w"), ("kronecker", "adapter")):
-        model = make_lora_llama()
-        if world()[0] == 1:  # an adapter that this process initialised by itself
+    for structure, space in CURVATURES:
+        model = make_lora_llama(attn="sdpa", target_modules=["q_proj", "v_proj", "down_proj"])
+        if world()[0] == 1 and not shard:
             for p in AdapterState(model).parameters().values():
                 p.data.add_(0.3)
-        belief = Belief.fit(model, loader(), structure=structure, space=space, fisher="sampled", progress_bar=False)
-        result |= {f"{structure}-{space}-{k}": v for k, v in AdapterState(model).snapshot().items()}
-        state = {k: v.double() + 0.1 for k, v in belief.mean.items()}
-        energy, gradient = belief.energy_and_gradient(state)
-        result |= {f"{structure}-{space}-g-{k}": v for k, v in gradient.items()}
-        result[f"{structure}-{space}-energy"] = energy
+        if shard and world()[1] > 1:
+            mesh = init_device_mesh("cpu", (world()[1],))
+            for layer in model.base_model.model.model.layers:
+                fully_shard(layer, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+            assert all(is_sharded(p) for p in AdapterState(model).parameters().values())
+        sources = {"long": loader(), "short": loader()[1:4]}
+        belief = Belief.fit(
+            model, sources, structure=structure, space=space, fisher="sampled", weights={"long": 2, "short": 1},
+            num_samples=2, rank=3, dense_limit=4, progress_bar=False,
+        )  # fmt: skip
+        name = f"{structure}-{space}"
+        state = AdapterState(model)
+        result |= {f"{name}-{k}": v for k, v in state.snapshot().items()}
+        moved = {k: v.double() + 0.1 for k, v in belief.mean.items()}
+        energy, gradient = belief.energy_and_gradient(moved)
+        result |= {f"{name}-g-{k}": v for k, v in gradient.items()}
+        result[f"{name}-energy"] = energy
         counts = belief.info["curvature"]
-        result[f"{structure}-{space}-counts"] = torch.tensor([counts["num_tokens"], counts["num_sequences"]])
+        result[f"{name}-counts"] = torch.tensor([counts["num_tokens"], counts["num_sequences"]])
+        for p in state.parameters().values():  # the penalty's gradient at another point
+            p.data.mul_(1.5)
+        add_penalty_gradient(belief, state, 3.0, 0.1)
+        add_penalty_gradient(belief, state, 3.0)
+        result |= {f"{name}-penalty-{k}": whole(p.grad).detach() for k, p in state.parameters().items()}
+        if belief.precision.supports_proximal:
+            proximal_step(belief, state, 0.3, 0.1)
+            result |= {f"{name}-proximal-{k}": v for k, v in state.snapshot(torch.float64).items()}
     return result
 
 
@@ -60,18 +88,18 @@ def rows(n, seed):
     return Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": [[1] * 7] * n, "labels": labels.tolist()})
 
 
-def train(out, optimizer, accumulation=1, budget=None):
+def train(out, optimizer, accumulation=1, source=None, **options):
     size = 8 // (world()[1] * accumulation)
     model = make_lora_llama(torch.float32, attn="sdpa", random_b=False)
     config = KalmanConfig(
         str(out / f"run{world()[1]}"), optimizer=optimizer, max_steps=4, per_device_train_batch_size=size,
         per_device_eval_batch_size=4, gradient_accumulation_steps=accumulation, use_cpu=True, report_to=[],
-        disable_tqdm=True, logging_steps=1, save_strategy="no", source_heldout=6, forgetting_budget=budget,
-        budget_steps=1, learning_rate=None if optimizer == "loko" else 1e-2, laplace_fisher="empirical",
-        laplace_strength=20.0 if budget is None else None,
+        disable_tqdm=True, logging_steps=1, save_strategy="no", source_heldout=6, budget_steps=1,
+        learning_rate=None if optimizer == "loko" else 1e-2, laplace_fisher="empirical",
+        **{"laplace_strength": None if "forgetting_budget" in options else 20.0} | options,
     )  # fmt: skip
     run = KalmanTrainer(
-        model=model, args=config, train_dataset=rows(40, 0), source_dataset=rows(14, 1),
+        model=model, args=config, train_dataset=rows(40, 0), source_dataset=source or rows(14, 1),
         data_collator=default_data_collator,
     )  # fmt: skip
     assert run.accelerator.num_processes == world()[1]
@@ -84,6 +112,25 @@ def train(out, optimizer, accumulation=1, budget=None):
     losses = [e["loss"] for e in run.state.log_history if "loss" in e]
     result = AdapterState(run.model).snapshot()
     return result | {"losses": torch.tensor(losses), "strength": torch.tensor(run.laplace_strength)}
+
+
+EVIDENCE = {
+    "laplace_strength": "evidence", "laplace_space": "adapter", "laplace_structure": "diagonal",
+    "laplace_warmup_steps": 2, "laplace_evidence_steps": 2,
+}  # fmt: skip
+
+
+def sources(out):
+    """Two weighted sources of unequal size, a warm start on them, and refits."""
+    return train(
+        out, "adamw_torch", source={"a": rows(13, 1), "b": rows(9, 2)}, source_weights={"a": 1, "b": 3},
+        laplace_warmup_steps=3, laplace_refit_steps=2,
+    )  # fmt: skip
+
+
+def written(out):
+    drawn = sample_source(make_lora_llama(torch.float32), None, 7, 6, batch_size=2, progress_bar=False)
+    return {"ids": torch.tensor([row["input_ids"] for row in drawn])}
 
 
 def loko_draws(out):
@@ -105,10 +152,14 @@ def main(task, out):
         dist.init_process_group("gloo")
     tasks = {
         "curvature": curvature,
+        "sharded": lambda o: curvature(o, shard=True),
         "failure": failure,
         "adamw": lambda o: train(o, "adamw_torch"),
         "adamw_accumulated": lambda o: train(o, "adamw_torch", 2),
-        "budget": lambda o: train(o, "adamw_torch", budget=1e-3),
+        "budget": lambda o: train(o, "adamw_torch", forgetting_budget=1e-3),
+        "sources": sources,
+        "evidence": lambda o: train(o, "adamw_torch", **EVIDENCE),
+        "written": written,
         "loko": lambda o: train(o, "loko"),
         "loko_accumulated": lambda o: train(o, "loko", 2),
         "loko_draws": loko_draws,
