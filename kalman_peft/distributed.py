@@ -20,7 +20,12 @@ def all_sum_(tensors: Iterable[Tensor]) -> None:
     if world()[1] == 1:
         return
     for tensor in tensors:
-        dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+        # Sums offloaded to the CPU travel by way of the GPU where the process group knows no other.
+        by_gpu = tensor.device.type == "cpu" and dist.get_backend() == "nccl"
+        there = tensor.cuda() if by_gpu else tensor
+        dist.all_reduce(there, op=dist.ReduceOp.SUM)
+        if by_gpu:
+            tensor.copy_(there)
 
 
 def max_(tensors: Iterable[Tensor]) -> None:
