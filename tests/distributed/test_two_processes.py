@@ -27,7 +27,7 @@ def launch(tasks, out, processes):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     out = tmp_path_factory.mktemp("two")
-    launch(TASKS + ",failure,loko_draws", out, 2)
+    launch(TASKS + ",failure,failure_sharded,loko_draws", out, 2)
     launch(TASKS, out, 1)
 
     def read(task, size, rank):
@@ -55,10 +55,11 @@ def test_filters_of_all_processes_stay_identical(results):
         assert torch.equal(value, second[key]), key
 
 
-def test_a_failure_on_one_process_is_raised_on_all(results):
+@pytest.mark.parametrize("task", ["failure", "failure_sharded"])
+def test_a_failure_on_one_process_is_raised_on_all(results, task):
     messages = []
     for rank in (0, 1):
-        result = results("failure", 2, rank)
+        result = results(task, 2, rank)
         assert result["raised"] == 1
         messages.append(bytes(int(b) for b in result["message"]).decode())
     assert "another process" in messages[0] and "outside the 17 classes" in messages[1]

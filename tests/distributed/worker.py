@@ -29,6 +29,13 @@ def loader():
     return [make_batch(lengths=lengths, seed=s) for s, lengths in enumerate([(6, 4), (5,), (7, 3, 4), (4,), (6, 5)])]
 
 
+def sharded(model):
+    mesh = init_device_mesh("cpu", (world()[1],))
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
 def curvature(out, shard=False):
     """Every structure, from two weighted sources; in process 1 the adapter starts elsewhere, unless it is sharded."""
     result = {}
@@ -38,10 +45,7 @@ def curvature(out, shard=False):
             for p in AdapterState(model).parameters().values():
                 p.data.add_(0.3)
         if shard and world()[1] > 1:
-            mesh = init_device_mesh("cpu", (world()[1],))
-            for layer in model.base_model.model.model.layers:
-                fully_shard(layer, mesh=mesh)
-            fully_shard(model, mesh=mesh)
+            sharded(model)
             assert all(is_sharded(p) for p in AdapterState(model).parameters().values())
         sources = {"long": loader(), "short": loader()[1:4]}
         belief = Belief.fit(
@@ -68,12 +72,13 @@ def curvature(out, shard=False):
     return result
 
 
-def failure(out):
+def failure(out, shard=False):
     """One process meets a bad batch: both must raise, neither may hang."""
     data = loader()
     data[1]["labels"][0, 3] = 99  # the second process's
     try:
-        Belief.fit(make_lora_llama(), data, progress_bar=False)
+        model = make_lora_llama(attn="sdpa")
+        Belief.fit(sharded(model) if shard else model, data, progress_bar=False)
     except (ValueError, RuntimeError) as error:
         return {"raised": torch.tensor(1.0), "message": torch.tensor([float(b) for b in str(error).encode()])}
     return {"raised": torch.tensor(0.0)}
@@ -154,6 +159,7 @@ def main(task, out):
         "curvature": curvature,
         "sharded": lambda o: curvature(o, shard=True),
         "failure": failure,
+        "failure_sharded": lambda o: failure(o, shard=True),
         "adamw": lambda o: train(o, "adamw_torch"),
         "adamw_accumulated": lambda o: train(o, "adamw_torch", 2),
         "budget": lambda o: train(o, "adamw_torch", forgetting_budget=1e-3),
