@@ -11,13 +11,11 @@ be of the same n labels: the noise of a gradient from few labels, taken for that
 
 import math
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from .precision.base import Precision, State
+from .precision.base import Precision, State, dot
 
 
 STRENGTHS, PRIOR_PRECISIONS = (1e-3, 1e6), (1e-3, 1e9)
@@ -151,7 +149,7 @@ class _Evidence:
         energy, pull = prior.energy_and_gradient(state, mean)
         self.energy, self.pull = float(energy), pull  # R and Lambda d
         self.offset = {key: state[key].detach().to(x) - mean[key].to(x) for key, x in pull.items()}
-        self.distance = float(_dot(self.offset, self.offset))
+        self.distance = float(dot(self.offset, self.offset))
         self.gradient = None if gradient is None else {key: gradient[key].to(x) for key, x in pull.items()}
         self._merged: dict[float, Any] = {}
 
@@ -169,7 +167,7 @@ class _Evidence:
                 key: self.observed * g + weight * self.pull[key] + delta * self.offset[key]
                 for key, g in self.gradient.items()
             }
-            value += float(_dot(slope, merged.solve(slope, delta))) / 2
+            value += float(dot(slope, merged.solve(slope, delta))) / 2
         return value
 
 
@@ -215,7 +213,3 @@ def _log_range(name: str, bounds: tuple[float, float]) -> tuple[float, float]:
     if not 0 < low <= high < math.inf:
         raise ValueError(f"{name} must be a range of positive numbers, got {bounds}.")
     return math.log(low), math.log(high)
-
-
-def _dot(x: Mapping[str, Tensor], y: Mapping[str, Tensor]) -> Tensor:
-    return torch.stack([(x[key] * y[key]).sum() for key in x]).sum()

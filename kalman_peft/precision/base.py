@@ -117,7 +117,7 @@ class Precision(ABC):
 
     def quadratic(self, x: State) -> Tensor:
         """x^T Lambda x, a scalar."""
-        return _dot(x, self.matvec(x))
+        return dot(x, self.matvec(x))
 
     def to_dense(self) -> Tensor:
         """Lambda as a (D, D) matrix over the flattened coordinates; for tests and tiny adapters.
@@ -130,8 +130,7 @@ class Precision(ABC):
         if size > _DENSE_LIMIT:
             raise ValueError(f"to_dense() of {size} coordinates would take {8 * size**2 / 2**30:.0f} GiB.")
         layout = Layout(shapes)
-        like = next(iter(self.tensors().values()))
-        eye = torch.eye(size, dtype=self.dtype, device=like.device)
+        eye = torch.eye(size, dtype=self.dtype, device=self.like.device)
         return torch.stack([layout.flatten(self.matvec(layout.unflatten(row))) for row in eye])
 
     # -- files and devices -----------------------------------------------------------------------------------------
@@ -188,7 +187,7 @@ class AdapterPrecision(Precision):
         """See `Precision.energy_and_gradient`."""
         offset = self._offset(state, mean)
         gradient = self.matvec(offset)
-        return _dot(offset, gradient) / 2, gradient
+        return dot(offset, gradient) / 2, gradient
 
     def proximal(self, state: State, mean: State, step: float) -> dict[str, Tensor]:
         """mean + (I + step * Lambda)^-1 (state - mean), exactly."""
@@ -279,7 +278,8 @@ def stack(state: State, keys: list[str], like: Tensor) -> Tensor:
     return torch.stack([state[key].detach() for key in keys]).to(device=like.device, dtype=like.dtype)
 
 
-def _dot(x: State, y: State) -> Tensor:
+def dot(x: State, y: State) -> Tensor:
+    """Inner product over the blocks of `y`, a scalar."""
     return torch.stack([(x[key] * value).sum() for key, value in y.items()]).sum()
 
 
