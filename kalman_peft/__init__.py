@@ -14,13 +14,16 @@ _MODULE_OF = {
     "Belief": "belief",
     "BeliefError": "belief",
     "CategoricalObservation": "observations",
+    "DriftCallback": "callbacks",
     "ForgettingBudget": "laplace",
     "GaussianObservation": "observations",
     "KalmanConfig": "config",
     "KalmanMixin": "trainer",
     "KalmanTrainer": "trainer",
     "LaplaceCallback": "callbacks",
+    "LikelihoodObservation": "observations",
     "LoKO": "loko",
+    "LoKOOptions": "loko",
     "belief_from_fisher": "interchange",
     "create_loko_optimizer": "loko",
     "curvature_memory": "curvature",
@@ -38,13 +41,16 @@ __all__ = [
     "Belief",
     "BeliefError",
     "CategoricalObservation",
+    "DriftCallback",
     "ForgettingBudget",
     "GaussianObservation",
     "KalmanConfig",
     "KalmanMixin",
     "KalmanTrainer",
     "LaplaceCallback",
+    "LikelihoodObservation",
     "LoKO",
+    "LoKOOptions",
     "__version__",
     "belief_from_fisher",
     "create_loko_optimizer",
@@ -61,14 +67,14 @@ __all__ = [
 if TYPE_CHECKING:
     from .adapters import AdapterState
     from .belief import Belief, BeliefError
-    from .callbacks import LaplaceCallback
+    from .callbacks import DriftCallback, LaplaceCallback
     from .config import KalmanConfig
     from .curvature import curvature_memory, estimate_curvature
     from .evidence import log_evidence, maximise_evidence
     from .interchange import belief_from_fisher, save_fisher, to_laplace_torch
     from .laplace import ForgettingBudget
-    from .loko import LoKO, create_loko_optimizer
-    from .observations import CategoricalObservation, GaussianObservation
+    from .loko import LoKO, LoKOOptions, create_loko_optimizer
+    from .observations import CategoricalObservation, GaussianObservation, LikelihoodObservation
     from .self_source import sample_source
     from .trainer import KalmanMixin, KalmanTrainer
     from .warmup import warm_start

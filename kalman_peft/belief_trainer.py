@@ -1,7 +1,9 @@
 """BeliefMixin: the life of a belief inside a Hugging Face Trainer, from source data to checkpoint. No mathematics."""
 
 import json
+import math
 import warnings
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +22,7 @@ from .evidence import maximise_evidence
 from .laplace import ForgettingBudget, schedule_factor
 from .loko import LoKO
 from .losses import mean_loss_gradient
+from .observations import IGNORE_INDEX, Observation, infer_observation
 from .source_trainer import SourceMixin
 from .sources import first_rows, is_streaming
 from .warmup import warm_start
@@ -99,6 +102,8 @@ class BeliefMixin(SourceMixin):
             checkpoint = get_last_checkpoint(self.args.output_dir)
         self._prepare_belief(Path(checkpoint) if checkpoint else None)
         output = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self._kalman is not None and not self.args.load_best_model_at_end:
+            self._kalman.eval()  # with averaging, what is measured and saved now is the average
         if self._measures_source:
             self._measure_source()
             self.log(self._source_metrics())
@@ -180,7 +185,10 @@ class BeliefMixin(SourceMixin):
         self.belief = self.belief.to("cpu" if args.laplace_offload else args.device)
         if args.uses_loko:
             if self._kalman is not None:  # else create_optimizer() will
-                self._kalman.set_belief(self.belief, self.laplace_strength, args.loko_belief_mode)
+                options = self._belief_options()
+                self._kalman.set_belief(
+                    self.belief, options["belief_strength"], options["belief_mode"], options["belief_labels"]
+                )
         elif self._laplace is None:
             self._laplace = LaplaceCallback(
                 self.belief, self.laplace_strength, form=args.laplace_form, offload=args.laplace_offload
@@ -242,9 +250,42 @@ class BeliefMixin(SourceMixin):
 
     def _sequences_in_run(self) -> int:
         """Training sequences that are seen at least once."""
-        args = self.args
-        seen = self.state.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        seen = self._seen_in_run()
         return seen if is_streaming(self.train_dataset) else min(seen, len(cast(Any, self.train_dataset)))
+
+    def _seen_in_run(self) -> int:
+        """Training sequences, repeated ones counted again."""
+        args = self.args
+        if args.max_steps <= 0:
+            return math.ceil(args.num_train_epochs * len(cast(Any, self.train_dataset)))
+        return args.max_steps * cast(Any, self).get_total_train_batch_size(args)  # as auto_find_batch_size found it
+
+    def _epochs_in_run(self) -> float:
+        """How often a training sequence is seen, at least 1."""
+        if self.train_dataset is None or is_streaming(self.train_dataset):
+            return 1.0
+        return max(1.0, self._seen_in_run() / max(len(cast(Any, self.train_dataset)), 1))
+
+    def _belief_options(self) -> dict[str, Any]:
+        """How LoKO takes the belief, as keyword arguments of [`create_loko_optimizer`]."""
+        mode = self.args.loko_belief_mode
+        labels = self._labels_in_run() if mode == "prior" else None
+        return {"belief_strength": self.laplace_strength, "belief_mode": mode, "belief_labels": labels}
+
+    def _labels_in_run(self) -> float:
+        """Target labels that the run will observe, from the first training sequences."""
+        rows = first_rows(self.train_dataset, self.args.source_samples)
+        shift = self._observed.layout == "causal"
+        count = 0
+        for batch in self._loader(rows, "training"):
+            labels = batch["labels"]
+            labels = labels[:, 1:] if shift else labels
+            count += int(labels.ne(IGNORE_INDEX).sum()) if not labels.is_floating_point() else len(labels)
+        return count / len(rows) * self._seen_in_run()
+
+    @property
+    def _observed(self) -> Observation:
+        return getattr(self, "_observation", None) or infer_observation(self.model)
 
     def _apply_strength(self) -> None:
         factor = schedule_factor(self.args.laplace_schedule, self.state.global_step / max(self.state.max_steps, 1))
@@ -267,7 +308,10 @@ class BeliefMixin(SourceMixin):
     # -- files -----------------------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
+        kalman = self._kalman
+        averages = kalman is not None and kalman.param_groups[0]["averaging"]
+        with kalman.posterior_mean() if kalman is not None and averages else nullcontext():
+            super()._save(output_dir, None if averages else state_dict)
         if self.args.should_save and self.belief is not None:
             folder = Path(output_dir or self.args.output_dir)
             self.belief.save_pretrained(folder)

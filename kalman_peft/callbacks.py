@@ -1,13 +1,18 @@
-"""LaplaceCallback: LaLoRA in any Trainer, without a subclass."""
+"""Callbacks for any Trainer: LaplaceCallback (LaLoRA without a subclass) and DriftCallback (LoKO's alarm)."""
 
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
+from transformers.utils import logging
 
 from .adapters import AdapterState, unwrap
 from .belief import Belief
 from .laplace import FORMS, add_penalty_gradient, proximal_step, squared_distance
+from .loko import LoKO
+
+
+logger = logging.get_logger(__name__)
 
 
 class LaplaceCallback(TrainerCallback):
@@ -114,6 +119,108 @@ class LaplaceCallback(TrainerCallback):
         logs.update(self.metrics())
         if state.log_history:
             state.log_history[-1].update(self.metrics())
+
+
+class DriftCallback(TrainerCallback):
+    """Raises an alarm when the data stop being what LoKO's filter expects.
+
+    Watches the normalised innovation, the score energy g^T P g over its expectation: its mean over the last `window`
+    steps, divided by its running mean before them. At an alarm a warning is logged, and `action` is taken; the steps
+    after it make a new running mean. Logs `kalman/drift`, that ratio.
+
+    Args:
+        threshold (`float`, *optional*, defaults to 3.0): Ratio above which the alarm goes off.
+        window (`int`, *optional*, defaults to 5): Steps.
+        warmup (`int`, *optional*, defaults to 20): Steps after the start, or an alarm, before the next is possible.
+        action (`str`, *optional*, defaults to `"log"`):
+            "log": nothing more. "stop": end the training. "inflate": widen the belief, see [`LoKO.inflate`].
+        factor (`float`, *optional*, defaults to 10.0): Of "inflate".
+
+    Attributes:
+        alarms (`list[int]`): Steps at which the alarm went off.
+
+    Raises:
+        ValueError: An option is out of range.
+    """
+
+    ACTIONS = ("log", "stop", "inflate")
+
+    def __init__(
+        self,
+        threshold: float = 3.0,
+        *,
+        window: int = 5,
+        warmup: int = 20,
+        action: str = "log",
+        factor: float = 10.0,
+    ):
+        for name, value, least in (("threshold", threshold, 1), ("factor", factor, 1)):
+            if not least < value < float("inf"):
+                raise ValueError(f"{name} must be > {least} and finite, got {value}.")
+        if window < 1 or warmup < window:
+            raise ValueError(f"window must be >= 1 and warmup >= window, got {window} and {warmup}.")
+        if action not in self.ACTIONS:
+            raise ValueError(f"action must be one of {self.ACTIONS}, got {action!r}.")
+        self.threshold, self.window, self.warmup, self.action, self.factor = threshold, window, warmup, action, factor
+        self.alarms: list[int] = []
+        self.ratio = 1.0
+        self._recent: list[float] = []
+        self._mean, self._count = 0.0, 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        """Make sure that the optimizer is LoKO."""
+        self._filter(optimizer)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        """Take the step's innovation, and act on it."""
+        kalman = self._filter(optimizer)
+        innovation = kalman.diagnostics.get("innovation")
+        if innovation is None or not self.update(float(innovation)):
+            return
+        self.alarms.append(state.global_step)
+        logger.warning(
+            f"Drift at step {state.global_step}: the innovation is {self.ratio:.1f} times what it was; action: "
+            f"{self.action}."
+        )
+        if self.action == "stop":
+            control.should_training_stop = True
+        elif self.action == "inflate":
+            kalman.inflate(self.factor)
+
+    def update(self, innovation: float) -> bool:
+        """Take one innovation.
+
+        Args:
+            innovation (`float`): Of one step.
+
+        Returns:
+            `bool`: Whether the alarm goes off.
+        """
+        self._recent.append(innovation)
+        if len(self._recent) > self.window:
+            self._count += 1
+            self._mean += (self._recent.pop(0) - self._mean) / min(self._count, 10 * self.window)
+        if self._count == 0:
+            return False
+        self.ratio = sum(self._recent) / len(self._recent) / max(self._mean, 1e-30)
+        if self._count + len(self._recent) < self.warmup or self.ratio <= self.threshold:
+            return False
+        self._recent, self._mean, self._count = [], 0.0, 0
+        return True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+        """Add the ratio to a training log entry."""
+        if logs is not None and "loss" in logs:
+            logs["kalman/drift"] = self.ratio
+            if state.log_history:
+                state.log_history[-1]["kalman/drift"] = self.ratio
+
+    @staticmethod
+    def _filter(optimizer: Any) -> LoKO:
+        found = getattr(optimizer, "optimizer", optimizer)
+        if not isinstance(found, LoKO):
+            raise ValueError(f"DriftCallback watches LoKO, got {type(found).__name__}; set optimizer='loko'.")
+        return found
 
 
 def refuse_scaled_or_sharded(args: Any, who: str, accelerator: Any = None) -> None:

@@ -12,7 +12,8 @@ from . import precision
 from .curvature.fisher import FISHERS, REDUCTIONS, kinds_for, resolve_reduction
 from .curvature.memory import DEFAULT_RANK, SPACES, STRUCTURES, check_structure
 from .laplace import FORMS, SCHEDULES
-from .loko import MEMORIES, check_options
+from .loko import BELIEF_MODES, MEMORIES, LoKOOptions, check_options
+from .loko.options import COLUMNS, GAINS, MODES, PRIORS, parse_noise
 from .sources import parse_weights
 
 
@@ -25,6 +26,7 @@ _LEAST = {
     "laplace_warmup_steps": 0,
     "laplace_refit_steps": 0,
     "budget_steps": 1,
+    "loko_iterations": 1,
     "source_samples": 1,
     "source_heldout": 0,
     "source_self_length": 2,
@@ -42,17 +44,17 @@ class KalmanArguments:
     Args:
         optimizer (`str`, *optional*):
             "loko", or the name of any optimizer of the Trainer (as in `optim`). `None` leaves the choice to `optim`.
-        loko_memory (`str`, *optional*, defaults to `"kronecker"`): See [`LoKO`].
-        loko_rank (`int`, *optional*, defaults to 16): See [`LoKO`].
-        loko_curvature_every (`int`, *optional*, defaults to 4): See [`LoKO`].
-        loko_first_draws (`int`, *optional*, defaults to 6): See [`LoKO`].
-        loko_prior_tokens (`float`, *optional*): See [`LoKO`].
-        loko_max_decrease (`float`, *optional*, defaults to 1.0): See [`LoKO`].
-        loko_trust_decay (`float`, *optional*, defaults to 1.0): See [`LoKO`].
-        loko_max_kl (`float`, *optional*): See [`LoKO`].
-        loko_tempering (`float`, *optional*, defaults to 1.0): See [`LoKO`].
-        loko_forgetting (`float`, *optional*, defaults to 1.0): See [`LoKO`].
-        loko_process_noise (`float`, *optional*, defaults to 0.0): See [`LoKO`].
+        loko_mode, loko_memory, loko_rank, loko_dense_limit, loko_block_limit, loko_columns, loko_num_columns,
+            loko_per_sequence, loko_top_k, loko_max_columns, loko_curvature_every, loko_first_draws, loko_gain,
+            loko_prior, loko_prior_tokens, loko_correlation, loko_adaptive_noise, loko_forgetting, loko_damping,
+            loko_form, loko_outlier_threshold, loko_max_decrease, loko_trust_decay, loko_max_kl, loko_noise_decay,
+            loko_averaging, loko_max_skipped, loko_initial_bound (*optional*):
+            The options of [`LoKOOptions`], with its defaults.
+        loko_process_noise (`float` or `dict[str, float]`, *optional*, defaults to 0.0):
+            See [`LoKOOptions`]; from the command line a mapping is given as JSON.
+        loko_tempering (`float`, *optional*): See [`LoKOOptions`]; defaults to 1 / number of epochs.
+        loko_iterations (`int`, *optional*, defaults to 1):
+            Linearisations per step, see [`LoKO.relinearise`]; each repeats the step's forward and backward passes.
         loko_belief_mode (`str`, *optional*, defaults to `"factor"`): See [`LoKO.set_belief`].
 
     > Parameters that control the belief (with `source_dataset` or `belief`)
@@ -103,27 +105,68 @@ class KalmanArguments:
     optimizer: str | None = field(
         default=None, metadata={"help": "'loko', or any optimizer of the Trainer; None leaves it to `optim`."}
     )
+    loko_mode: str = field(default="kalman", metadata={"help": f"LoKO's mode, one of {MODES}."})
     loko_memory: str = field(default="kronecker", metadata={"help": f"Memory of LoKO, one of {MEMORIES}."})
-    loko_rank: int = field(default=16, metadata={"help": "Eigenpairs kept on long sides by LoKO's Kronecker memory."})
-    loko_first_draws: int = field(default=6, metadata={"help": "LoKO draws curvature at each of the first steps."})
-    loko_trust_decay: float = field(
-        default=1.0, metadata={"help": "Power with which LoKO's trust region shrinks as information is gathered."}
+    loko_rank: int = field(default=16, metadata={"help": "Eigenpairs on long sides, or directions, of LoKO's memory."})
+    loko_dense_limit: int = field(default=128, metadata={"help": "Longest short side with a Kronecker memory."})
+    loko_block_limit: int = field(default=1024, metadata={"help": "Most weights of a parameter with a block memory."})
+    loko_columns: str = field(default="auto", metadata={"help": f"How LoKO takes information, one of {COLUMNS}."})
+    loko_num_columns: int = field(default=1, metadata={"help": "Draws per step of LoKO."})
+    loko_per_sequence: bool | None = field(
+        default=None, metadata={"help": "One column per sequence rather than per batch; by default not for tokens."}
     )
-    loko_curvature_every: int = field(default=4, metadata={"help": "Draw curvature at every n-th step of LoKO."})
+    loko_top_k: int | None = field(
+        default=None, metadata={"help": "Labels told apart by exact columns; all by default."}
+    )
+    loko_max_columns: int = field(default=64, metadata={"help": "More columns per step are summed in groups."})
+    loko_curvature_every: int | None = field(
+        default=None, metadata={"help": "Take columns at every n-th step of LoKO; 4 for tokens, 1 otherwise."}
+    )
+    loko_first_draws: int = field(default=6, metadata={"help": "LoKO takes columns at each of the first steps."})
+    loko_gain: str = field(default="auto", metadata={"help": f"Gain of LoKO, one of {GAINS}."})
+    loko_prior: str = field(default="auto", metadata={"help": f"Prior of LoKO's weights, one of {PRIORS}."})
     loko_prior_tokens: float | None = field(
-        default=None, metadata={"help": "Strength of LoKO's unit-information prior, in labels; 1e4 for causal models."}
+        default=None, metadata={"help": "Strength of LoKO's prior, in labels; 1e4 for tokens, 1e3 otherwise."}
+    )
+    loko_tempering: float | None = field(
+        default=None, metadata={"help": "Power on the likelihood in LoKO; 1 / number of epochs by default."}
+    )
+    loko_correlation: float = field(
+        default=0.0, metadata={"help": "T labels of a sequence count as T^(1 - this) in LoKO; in [0, 1]."}
+    )
+    loko_adaptive_noise: float = field(
+        default=0.0, metadata={"help": "Decay of LoKO's running misspecification factor; 0 is off."}
+    )
+    loko_forgetting: float = field(default=1.0, metadata={"help": "Forgetting factor of LoKO per step, in (0, 1]."})
+    loko_process_noise: float | dict | str = field(  # type: ignore[assignment]
+        default=0.0, metadata={"help": "Variance LoKO adds to every weight per step; or JSON, pattern to variance."}
+    )
+    loko_damping: float = field(default=0.0, metadata={"help": "Added to the output curvature in LoKO."})
+    loko_form: str = field(default="logit", metadata={"help": "How the damping enters: 'logit' or 'softmax'."})
+    loko_outlier_threshold: float | None = field(
+        default=None, metadata={"help": "Labels further off than this, in standard deviations, count less in LoKO."}
     )
     loko_max_decrease: float | None = field(
-        default=1.0, metadata={"help": "LoKO's trust region: largest predicted decrease per step, nats per token."}
+        default=0.5,
+        metadata={"help": "LoKO's trust region: largest predicted decrease per step, as share of the loss."},
+    )
+    loko_trust_decay: float = field(
+        default=0.0, metadata={"help": "Power with which LoKO's trust region shrinks as information is gathered."}
     )
     loko_max_kl: float | None = field(
-        default=None, metadata={"help": "LoKO's trust region: largest KL divergence per step, nats per token."}
+        default=None, metadata={"help": "LoKO's trust region: largest KL divergence per step, nats per label."}
     )
-    loko_tempering: float = field(default=1.0, metadata={"help": "Power on the likelihood in LoKO."})
-    loko_forgetting: float = field(default=1.0, metadata={"help": "Forgetting factor of LoKO per step, in (0, 1]."})
-    loko_process_noise: float = field(default=0.0, metadata={"help": "Variance LoKO adds to every weight per step."})
+    loko_noise_decay: float = field(default=0.99, metadata={"help": "Decay of LoKO's estimate of the label noise."})
+    loko_averaging: bool = field(
+        default=False, metadata={"help": "Evaluate LoKO at a running average of the weights."}
+    )
+    loko_max_skipped: int = field(default=10, metadata={"help": "Batches with NaN in a row before LoKO raises."})
+    loko_initial_bound: float = field(
+        default=1.0, metadata={"help": "Bound of the initial variances with loko_mode='paper'."}
+    )
+    loko_iterations: int = field(default=1, metadata={"help": "Linearisations per step of LoKO."})
     loko_belief_mode: str = field(
-        default="factor", metadata={"help": "How LoKO takes a belief as prior: 'factor' or 'penalty'."}
+        default="factor", metadata={"help": f"How LoKO takes a belief as prior, one of {BELIEF_MODES}."}
     )
     laplace_strength: float | str | None = field(
         default=None,
@@ -196,7 +239,7 @@ class KalmanArguments:
             self.optim = self.optimizer
         self._check_kalman()
         if loko:
-            self._check_loko()
+            self.check_loko()
         else:
             self._warn_unused("loko_", "optimizer='loko'")
         parent = getattr(super(), "__post_init__", None)
@@ -208,8 +251,18 @@ class KalmanArguments:
         if unused:
             warnings.warn(f"{', '.join(unused)}: no effect without {needed}.", stacklevel=4)
 
-    def _check_loko(self) -> None:
+    def check_loko(self) -> None:
+        """Raise ValueError for the first argument that does not go with `optimizer="loko"`."""
+        self.loko_process_noise = parse_noise(self.loko_process_noise)
         check_options(self.loko_options(), prefix="loko_")
+        self._check_belief_mode()
+        if self.loko_iterations > 1:
+            if self.loko_mode == "paper" or self.loko_gain == "memory" or (self.loko_curvature_every or 1) > 1:
+                raise ValueError(
+                    f"loko_iterations={self.loko_iterations} needs loko_mode='kalman', loko_gain='joint' and "
+                    f"loko_curvature_every=1, got {self.loko_mode!r}, {self.loko_gain!r} and "
+                    f"{self.loko_curvature_every}."
+                )
         if self.learning_rate is not None and self.learning_rate < 0.1:
             warnings.warn(
                 f"learning_rate={self.learning_rate} scales LoKO's step, which needs none: leave it out.", stacklevel=4
@@ -220,26 +273,61 @@ class KalmanArguments:
             "weight_decay": (me.weight_decay, 0, "the prior (loko_prior_tokens, a belief) takes its place"),
             "label_smoothing_factor": (me.label_smoothing_factor, 0, "the filter observes the labels themselves"),
             "fp16": (me.fp16, False, "use bf16=True"),
+            "use_liger_kernel": (me.use_liger_kernel, False, "its kernels allow one backward pass per forward pass"),
+            "parallelism_config": (me.parallelism_config, None, "use DistributedDataParallel"),
             "deepspeed": (bool(me.deepspeed), False, "use DistributedDataParallel"),
             "fsdp": (bool(me.fsdp), False, "use DistributedDataParallel"),
         }
         for name, (value, allowed, remedy) in refused.items():
             if value != allowed:
                 raise ValueError(f"{name}={value} is not supported with optimizer='loko': {remedy}.")
-        if me.gradient_checkpointing:
-            given = me.gradient_checkpointing_kwargs or {}
+        default = {f.name: f.default for f in fields(me)}
+        for name in ("optim", "optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon"):
+            if name in default and getattr(me, name) != default[name]:
+                raise ValueError(f"{name}={getattr(me, name)} has no effect with optimizer='loko'; leave it out.")
+        self._check_checkpointing()
+
+    def _check_checkpointing(self) -> None:
+        """Choose checkpointing that is not reentrant, under the name the user (and this transformers) has for it."""
+        me = cast(Any, self)
+        names = ("activation_checkpointing", "gradient_checkpointing")
+        used = [name for name in names if getattr(me, name, None)]
+        for name in [f"{n}_kwargs" for n in names if getattr(me, f"{n}_kwargs", None)] or [
+            f"{n}_kwargs" for n in used
+        ]:
+            given = getattr(me, name) or {}
             chosen: dict[str, Any] = json.loads(given) if isinstance(given, str) else dict(given)
-            if chosen.setdefault("use_reentrant", False):
+            if used and chosen.setdefault("use_reentrant", False):
                 raise ValueError(
-                    "optimizer='loko' does not support reentrant gradient checkpointing; set "
-                    "gradient_checkpointing_kwargs={'use_reentrant': False}."
+                    f"optimizer='loko' does not support reentrant gradient checkpointing; set {name}="
+                    "{'use_reentrant': False}."
                 )
-            me.gradient_checkpointing_kwargs = chosen
+            setattr(me, name, chosen)
+
+    def _check_belief_mode(self) -> None:
+        if self.loko_belief_mode != "prior":
+            return
+        for name, needed, given in (
+            ("laplace_space", "'adapter', a Gaussian over A and B", self.laplace_space),
+            ("laplace_schedule", "'constant'", self.laplace_schedule),
+            ("laplace_refit_steps", "0", self.laplace_refit_steps),
+            ("forgetting_budget", "None", self.forgetting_budget),
+        ):
+            if str(given) not in needed.replace("'", "").replace(",", "").split():
+                raise ValueError(
+                    f"loko_belief_mode='prior' counts the belief once, at the start: it needs {name}={needed}, got "
+                    f"{given!r}. loko_belief_mode='factor' has no such limit."
+                )
+        if self.loko_forgetting < 1:
+            raise ValueError(
+                f"loko_forgetting={self.loko_forgetting} would relax the belief itself with loko_belief_mode='prior'; "
+                "use 'factor', or loko_process_noise."
+            )
 
     def _check_kalman(self) -> None:
         for name, choices in (
             ("loko_memory", MEMORIES),
-            ("loko_belief_mode", ("factor", "penalty")),
+            ("loko_belief_mode", BELIEF_MODES),
             ("laplace_form", FORMS),
             ("laplace_structure", STRUCTURES),
             ("laplace_space", SPACES),
@@ -338,11 +426,9 @@ class KalmanArguments:
 
     def loko_options(self) -> dict[str, Any]:
         """Keyword arguments for [`create_loko_optimizer`]."""
-        names = (
-            "memory", "rank", "curvature_every", "first_draws", "prior_tokens", "max_decrease", "trust_decay",
-            "max_kl", "tempering", "forgetting", "process_noise",
-        )  # fmt: skip
-        return {name: getattr(self, f"loko_{name}") for name in names}
+        names = [f.name for f in fields(LoKOOptions) if f.name != "seed"]
+        options = {name: getattr(self, f"loko_{name}") for name in names}
+        return options | {"tempering": 1.0 if self.loko_tempering is None else self.loko_tempering}
 
 
 def _has_proximal(structure: str, space: str) -> bool:
@@ -362,6 +448,9 @@ class KalmanConfig(KalmanArguments, TrainingArguments):
     Changed defaults, with `optimizer="loko"` only: `learning_rate` 1.0 (it scales the Kalman step; there is nothing to
     tune), `lr_scheduler_type` "constant", `max_grad_norm` 0 (the filter has a trust region of its own). Without LoKO
     they are the Trainer's: 5e-5, "linear", 1.0.
+
+    With LoKO, a schedule scales the Kalman step by its factor; what the filter takes in is the same. A warm-up from 0
+    thus makes the filter surer of weights that it has hardly moved.
 
     Raises:
         ValueError: Options that exclude each other, or a value that is out of range; the message says which.

@@ -28,6 +28,28 @@ def all_sum_(tensors: Iterable[Tensor]) -> None:
             tensor.copy_(there)
 
 
+def all_counts(number: int, device: torch.device | str = "cpu") -> list[int]:
+    """The number of every process, in their order."""
+    size = world()[1]
+    if size == 1:
+        return [number]
+    counts = [torch.zeros(1, dtype=torch.long, device=device) for _ in range(size)]
+    dist.all_gather(counts, torch.tensor([number], device=device))
+    return torch.cat(counts).tolist()
+
+
+def all_rows(tensor: Tensor) -> Tensor:
+    """The rows of all processes, (sum of their numbers, ...), in the order of the processes."""
+    if world()[1] == 1:
+        return tensor
+    counts = all_counts(len(tensor), tensor.device)
+    padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
+    padded[: len(tensor)] = tensor
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
+
+
 def max_(tensors: Iterable[Tensor]) -> None:
     """Largest value over all processes, in place; nothing without a process group."""
     if world()[1] == 1:

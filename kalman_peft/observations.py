@@ -9,19 +9,21 @@ for a root R R^T = H and any w with E[w w^T] = I.
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from .sampling import invert_cdf
+from .sampling import Random, invert_cdf, normal_noise, random_signs
 
 
 __all__ = [
     "IGNORE_INDEX",
     "CategoricalObservation",
     "GaussianObservation",
+    "LikelihoodObservation",
     "Observation",
     "infer_observation",
     "invert_cdf",
@@ -76,7 +78,7 @@ class Observation(ABC):
         """Negative log-likelihood of the targets in nats, shape (N,)."""
 
     @abstractmethod
-    def draw(self, expected: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def draw(self, expected: Tensor, random: Random = None) -> Tensor:
         """Targets drawn from the model."""
 
     @abstractmethod
@@ -86,6 +88,44 @@ class Observation(ABC):
     @abstractmethod
     def root(self, expected: Tensor, direction: Tensor) -> Tensor:
         """R w for directions w of shape (N, V)."""
+
+    def random_root(self, expected: Tensor, targets: Tensor, random: Random = None) -> Tensor:
+        """R w for random signs w, shape (N, V)."""
+        return self.root(expected, random_signs(expected.shape, expected, random))
+
+    def roots(self, expected: Tensor, targets: Tensor, damping: float = 0.0, top_k: int | None = None) -> Tensor:
+        """Columns r_1..r_K with sum_k r_k r_k^T = H + damping * I.
+
+        Args:
+            expected (`Tensor`): From `expect`, shape (N, V).
+            targets (`Tensor`): Of the same rows.
+            damping (`float`, *optional*, defaults to 0.0): >= 0.
+            top_k (`int`, *optional*): Only a categorical observation knows coarse outputs.
+
+        Returns:
+            `Tensor`: Shape (N, K, V).
+        """
+        if top_k is not None:
+            raise ValueError(f"top_k={top_k} needs a categorical observation, got {type(self).__name__}.")
+        eye = torch.eye(expected.shape[-1], dtype=expected.dtype, device=expected.device)
+        columns = torch.stack([self.root(expected, e.expand_as(expected)) for e in eye], dim=1)
+        return columns if damping == 0 else symmetric_roots(columns.mT @ columns, damping)
+
+    def surprise(self, expected: Tensor, targets: Tensor, damping: float) -> Tensor:
+        """Squared residual in units of its own covariance, shape (N,): what weighs outliers down.
+
+        Raises:
+            ValueError: Not known for this observation.
+        """
+        raise ValueError(f"outlier_threshold is not supported for {type(self).__name__}.")
+
+    def soften(self, expected: Tensor, x: Tensor, damping: float) -> Tensor:
+        """H (H + damping * I)^-1 x for rows x (N, V): the residual's share of the softmax form.
+
+        Raises:
+            ValueError: Not a categorical observation.
+        """
+        raise ValueError(f"form='softmax' needs a categorical observation, got {type(self).__name__}.")
 
     def positions(
         self, labels: Tensor, attention_mask: Tensor | None, segments: Tensor | None = None
@@ -198,9 +238,9 @@ class CategoricalObservation(Observation):
         pair = outputs.gather(1, torch.stack([likeliest, targets], dim=1)).to(peak.dtype)  # (N, 2)
         return pair[:, 0] - pair[:, 1] - peak.log()
 
-    def draw(self, expected: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def draw(self, expected: Tensor, random: Random = None) -> Tensor:
         """See `Observation.draw`."""
-        return invert_cdf(expected, generator)
+        return invert_cdf(expected, random)
 
     def residual(self, expected: Tensor, targets: Tensor, out: Tensor, rows: Tensor) -> None:
         """p - onehot(y)."""
@@ -212,6 +252,37 @@ class CategoricalObservation(Observation):
         """sqrt(p) * w - p (sqrt(p) . w); R R^T = diag(p) - p p^T because p sums to one."""
         scaled = expected.sqrt().mul_(direction)
         return scaled.addcmul_(expected, scaled.sum(-1, keepdim=True), value=-1)
+
+    def roots(self, expected: Tensor, targets: Tensor, damping: float = 0.0, top_k: int | None = None) -> Tensor:
+        """See `Observation.roots`; V - 1 columns, the Cholesky factor of H.
+
+        With `top_k` only the k likeliest labels, the target among them, and "any other" are told apart: k columns,
+        whose information never exceeds the full one (it is that of a function of the label).
+        """
+        width = expected.shape[-1]
+        if top_k is None or top_k >= width - 1:
+            columns = _multinomial_cholesky(expected).mT  # (N, V - 1, V)
+        else:
+            preferred = expected.scatter(1, targets[:, None], 2.0)  # the target first
+            chosen = preferred.topk(top_k, dim=-1).indices  # (N, k)
+            own = expected.gather(1, chosen)
+            others = expected.scatter(1, chosen, 0.0)
+            rest = others.sum(-1, keepdim=True)  # (N, 1)
+            coarse = _multinomial_cholesky(torch.cat([own, rest], dim=-1)).mT  # (N, k, k + 1)
+            others = others / rest.clamp_min(torch.finfo(rest.dtype).tiny)
+            columns = coarse[..., -1:] * others[:, None, :]
+            columns = columns.scatter(-1, chosen[:, None, :].expand(-1, coarse.shape[1], -1), coarse[..., :-1])
+        return columns if damping == 0 else symmetric_roots(columns.mT @ columns, damping)
+
+    def surprise(self, expected: Tensor, targets: Tensor, damping: float) -> Tensor:
+        """See `Observation.surprise`: e^T (H + damping I)^-1 e with e = onehot - p, by Sherman and Morrison."""
+        e = -expected
+        e.scatter_add_(1, targets[:, None], torch.ones_like(e[:, :1]))
+        return (e * _solve_damped(expected, e, damping)).sum(-1)
+
+    def soften(self, expected: Tensor, x: Tensor, damping: float) -> Tensor:
+        """See `Observation.soften`: x - damping (H + damping I)^-1 x."""
+        return x - damping * _solve_damped(expected, x, damping) if damping > 0 else x
 
 
 @dataclass(frozen=True)
@@ -261,11 +332,9 @@ class GaussianObservation(Observation):
         """See `Observation.loss`."""
         return (targets - expected).square().sum(-1) / (2 * self.variance)
 
-    def draw(self, expected: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def draw(self, expected: Tensor, random: Random = None) -> Tensor:
         """See `Observation.draw`."""
-        device = generator.device if generator is not None else expected.device
-        noise = torch.randn(expected.shape, generator=generator, device=device, dtype=expected.dtype)
-        return expected + noise.to(expected.device) * math.sqrt(self.variance)
+        return expected + normal_noise(expected.shape, expected, random) * math.sqrt(self.variance)
 
     def residual(self, expected: Tensor, targets: Tensor, out: Tensor, rows: Tensor) -> None:
         """(f - y) / variance."""
@@ -275,6 +344,127 @@ class GaussianObservation(Observation):
         """W / sqrt(variance)."""
         return direction / math.sqrt(self.variance)
 
+    def surprise(self, expected: Tensor, targets: Tensor, damping: float) -> Tensor:
+        """See `Observation.surprise`: |y - f|^2 / variance; damping has no part in it."""
+        return (targets - expected).square().sum(-1) / self.variance
+
+
+class LikelihoodObservation(Observation):
+    """Any likelihood, from a function that gives the negative log-likelihood of each row.
+
+    ```python
+    def poisson(outputs, counts):  # (N, 1), (N, 1) -> (N,)
+        return (outputs.exp() - counts * outputs).sum(-1)
+
+    optimizer = create_loko_optimizer(model, observation=LikelihoodObservation(poisson))
+    ```
+
+    Residuals are its gradients in the outputs, and H its Hessian at the observed labels, its negative eigenvalues cut
+    off, both by `torch.func`. For LoKO with `columns` "exact", "rademacher" or "empirical", and up to 512 outputs.
+
+    Args:
+        function (`Callable`):
+            Takes outputs (N, V) and labels (N, ...), returns nats of shape (N,); row n must depend on row n only.
+    """
+
+    _WIDEST = 512
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]):
+        if not callable(function):
+            raise ValueError(f"function must be callable as f(outputs, labels), got {type(function).__name__}.")
+        self.function = function
+
+    def targets(self, logits: Tensor, labels: Tensor, segments: Tensor | None = None) -> Tensor:
+        """See `Observation.targets`; the labels by row of the logits."""
+        leading = logits.shape[:-1]
+        if labels.shape[: len(leading)] != leading:
+            raise ValueError(
+                f"Labels of shape {tuple(labels.shape)} do not fit outputs of shape {tuple(logits.shape)}; expected "
+                f"{tuple(leading)} first."
+            )
+        return labels.to(logits.device).reshape(-1, *labels.shape[len(leading) :])
+
+    def observed(self, labels: Tensor) -> Tensor:
+        """See `Observation.observed`; integer labels of -100 do not count."""
+        if labels.is_floating_point():
+            return torch.ones(len(labels), dtype=torch.bool, device=labels.device)
+        return labels.ne(IGNORE_INDEX).flatten(1).all(-1) if labels.dim() > 1 else labels.ne(IGNORE_INDEX)
+
+    def expect(self, outputs: Tensor) -> Tensor:
+        """The outputs themselves."""
+        return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+
+    def loss(self, outputs: Tensor, expected: Tensor, targets: Tensor) -> Tensor:
+        """See `Observation.loss`."""
+        loss = self.function(expected, targets)
+        if loss.shape != expected.shape[:1]:
+            raise ValueError(
+                f"The likelihood function returned shape {tuple(loss.shape)}, not one value per row, "
+                f"{tuple(expected.shape[:1])}."
+            )
+        return loss.detach()
+
+    def draw(self, expected: Tensor, random: Random = None) -> Tensor:
+        """Refused: a likelihood does not say how to draw from it."""
+        raise ValueError(
+            "Labels cannot be drawn from a LikelihoodObservation; use columns='exact', 'rademacher' or 'empirical'."
+        )
+
+    def residual(self, expected: Tensor, targets: Tensor, out: Tensor, rows: Tensor) -> None:
+        """Gradient of the function in the outputs."""
+        gradient = torch.func.grad(lambda z: self.function(z, targets).sum())(expected)
+        out.index_copy_(0, rows, gradient.to(out.dtype))
+
+    def root(self, expected: Tensor, direction: Tensor) -> Tensor:
+        """Refused: the Hessian depends on the labels, see `roots`."""
+        raise ValueError("LikelihoodObservation has a curvature only at its labels; use fisher='empirical'.")
+
+    def random_root(self, expected: Tensor, targets: Tensor, random: Random = None) -> Tensor:
+        """See `Observation.random_root`."""
+        signs = random_signs(expected.shape, expected, random)
+        return torch.einsum("nkv,nk->nv", self.roots(expected, targets), signs)
+
+    def roots(self, expected: Tensor, targets: Tensor, damping: float = 0.0, top_k: int | None = None) -> Tensor:
+        """See `Observation.roots`."""
+        if top_k is not None:
+            raise ValueError(f"top_k={top_k} needs a categorical observation, got LikelihoodObservation.")
+        if expected.shape[-1] > self._WIDEST:
+            raise ValueError(f"LikelihoodObservation supports up to {self._WIDEST} outputs, got {expected.shape[-1]}.")
+
+        def one(z: Tensor, y: Tensor) -> Tensor:
+            return self.function(z[None], y[None])[0]
+
+        return symmetric_roots(torch.func.vmap(torch.func.hessian(one))(expected, targets), damping)
+
+
+def symmetric_roots(matrix: Tensor, damping: float = 0.0) -> Tensor:
+    """Rows r with sum r r^T = matrix + damping * I, negative eigenvalues cut off; (N, V, V) -> (N, V, V)."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return ((values.clamp_min(0) + damping).sqrt()[:, None, :] * vectors).mT
+
+
+def _multinomial_cholesky(p: Tensor) -> Tensor:
+    """L with L L^T = diag(p) - p p^T for rows p (N, C) that sum to one; (N, C, C - 1), lower triangular.
+
+    With s_j = sum of p from j on, L_jj = sqrt(p_j s_{j+1} / s_j) and L_ij = -p_i sqrt(p_j / (s_j s_{j+1})) below.
+    """
+    tiny = torch.finfo(p.dtype).tiny
+    tails = p.flip(-1).cumsum(-1).flip(-1).clamp_min(tiny)  # s_j, summed from the small end
+    own, after = tails[:, :-1], tails[:, 1:]
+    diagonal = (p[:, :-1] * (after / own)).sqrt()
+    below = (p[:, :-1] / own).sqrt() / after.sqrt()  # each at most 1 over sqrt(s_{j+1})
+    columns = -p[:, :, None] * below[:, None, :]
+    return columns.tril(-1).diagonal_scatter(diagonal, dim1=1, dim2=2)
+
+
+def _solve_damped(p: Tensor, x: Tensor, damping: float) -> Tensor:
+    """(diag(p) - p p^T + damping I)^-1 x for rows (N, V); damping > 0."""
+    scale = p + damping
+    y, q = x / scale, p / scale
+    # 1 - p^T diag(scale)^-1 p, free of cancellation: sum p = 1
+    left = (damping * q).sum(-1, keepdim=True)
+    return y + q * (p * y).sum(-1, keepdim=True) / left
+
 
 def infer_observation(model: nn.Module) -> Observation:
     """Choose the observation from the model's class and configuration.
@@ -283,8 +473,8 @@ def infer_observation(model: nn.Module) -> Observation:
         model (`nn.Module`): A transformers model, possibly wrapped by PEFT.
 
     Returns:
-        `Observation`: Categorical for causal language models, encoder-decoders, sequence and token classification;
-        Gaussian with unit variance for regression.
+        `Observation`: Categorical for causal language models, encoder-decoders, sequence, token and image
+        classification; Gaussian with unit variance for regression.
 
     Raises:
         ValueError: The task is none of these, or a multi-label classification.
@@ -295,7 +485,7 @@ def infer_observation(model: nn.Module) -> Observation:
     config = getattr(base, "config", None)
     if name.endswith(("ForCausalLM", "LMHeadModel")):
         return CategoricalObservation(shift=True)
-    if name.endswith("ForTokenClassification"):
+    if name.endswith(("ForTokenClassification", "ForImageClassification")):
         return CategoricalObservation(shift=False)
     if name.endswith("ForSequenceClassification"):
         problem, outputs = getattr(config, "problem_type", None), getattr(config, "num_labels", 2)

@@ -1,20 +1,31 @@
 """KalmanMixin and KalmanTrainer: the belief and the Kalman optimizer inside a Hugging Face Trainer. No mathematics."""
 
 import os
-from typing import Any
+from typing import Any, cast
 
 import torch
+from accelerate.utils import DynamoBackend, is_compiled_module
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from transformers import Trainer, set_seed
 
 from .belief import Belief
 from .belief_trainer import BeliefMixin
-from .callbacks import refuse_scaled_or_sharded
+from .callbacks import LaplaceCallback, refuse_scaled_or_sharded
 from .card import write_model_card
+from .compiled import keep_saved_tensors
 from .config import KalmanArguments
 from .curvature.fisher import default_forward
 from .curvature.sequences import find_segments
 from .loko import LoKO, create_loko_optimizer
+from .observations import Observation
+from .quantized import keep_differentiable
+
+
+# Of LoKO's diagnostics; the loss is the Trainer's to log.
+_LOGGED = (
+    "innovation", "gain_norm", "trace_p", "kl", "trust", "effective_observations", "effective_parameters", "variance",
+)  # fmt: skip
 
 
 class KalmanMixin(BeliefMixin):
@@ -34,6 +45,8 @@ class KalmanMixin(BeliefMixin):
             weighed by `args.source_weights`. "self": sequences that the base model writes, see [`sample_source`].
         belief (`Belief`, *optional*): A belief made earlier, in place of fitting one.
         peft_config (`LoraConfig`, *optional*): Adapter to put on a plain model.
+        observation (`Observation`, *optional*):
+            With `optimizer="loko"`: how labels meet the model's outputs; inferred from the model's class by default.
         **kwargs: As for the Trainer.
 
     Raises:
@@ -49,6 +62,7 @@ class KalmanMixin(BeliefMixin):
         source_dataset: Any = None,
         belief: Belief | None = None,
         peft_config: Any = None,
+        observation: Observation | None = None,
         **kwargs: Any,
     ):
         if not isinstance(args, KalmanArguments):
@@ -62,7 +76,19 @@ class KalmanMixin(BeliefMixin):
             raise ValueError("Pass KalmanConfig(optimizer='loko', loko_...=...) rather than a LoKO in `optimizers=`.")
         if args.uses_loko and kwargs.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func is not supported with optimizer='loko': it observes the labels.")
+        if observation is not None and not args.uses_loko:
+            raise ValueError("observation= needs optimizer='loko'; other optimizers follow the model's own loss.")
+        self._observation = observation
+        self._batches: list[dict[str, Any]] = []  # of one step, where its update is iterated
         super().__init__(model, args, *posargs, source_dataset=source_dataset, belief=belief, **kwargs)
+        if args.uses_loko and any(isinstance(c, LaplaceCallback) for c in self.callback_handler.callbacks):
+            raise ValueError(
+                "LaplaceCallback adds to `.grad`, which LoKO does not read; pass the belief as `belief=`, which is "
+                "then LoKO's prior."
+            )
+        if self._has_source and self.model_init is not None:
+            raise ValueError("model_init makes a new adapter for each run, which a belief or source data do not fit.")
+        keep_differentiable(self.model)
         if args.uses_loko or self._has_source:
             refuse_scaled_or_sharded(self.args, type(self).__name__, self.accelerator)
             if self.args.n_gpu > 1:
@@ -74,18 +100,44 @@ class KalmanMixin(BeliefMixin):
         """LoKO if `args.optimizer` says so, else the Trainer's choice."""
         if not self.args.uses_loko:
             return super().create_optimizer(*args, **kwargs)
+        if self._kalman is not None:
+            self._kalman.discard()  # what a run that ended inside a step left (auto_find_batch_size)
+            self._follow_batch_size(self._kalman)
         if self.optimizer is None:
+            self.args.check_loko()  # again: a hyperparameter search sets arguments afterwards
+            compiler = getattr(self.accelerator.state.dynamo_plugin, "backend", DynamoBackend.NO)
+            if compiler != DynamoBackend.NO or is_compiled_module(self.model):
+                torch.compiler.reset()  # see `keep_saved_tensors`: graphs compiled before may not be used
             options = self.args.loko_options()
+            if self._tempers:
+                options["tempering"] = 1 / self._epochs_in_run()
             if self.belief is not None:
-                options |= {
-                    "belief": self.belief,
-                    "belief_strength": self.laplace_strength,
-                    "belief_mode": self.args.loko_belief_mode,
-                }
-            self.optimizer = create_loko_optimizer(self.model, seed=self.args.seed, **options)
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.args.learning_rate
+                options |= {"belief": self.belief} | self._belief_options()
+            self.optimizer = create_loko_optimizer(
+                self.model, seed=self.args.seed, observation=self._observation, **options
+            )
+            (group,) = self.optimizer.param_groups
+            group["lr"] = self.args.learning_rate
+            if self.args.loko_iterations > 1 and group["curvature_every"] > 1:
+                raise ValueError(
+                    f"loko_iterations={self.args.loko_iterations} needs columns at every step and the joint gain: set "
+                    "loko_curvature_every=1 and loko_gain='joint'."
+                )
         return self.optimizer
+
+    @property
+    def _tempers(self) -> bool:
+        return self.args.loko_tempering is None and self.args.loko_mode != "paper"
+
+    def _follow_batch_size(self, optimizer: LoKO) -> None:
+        """Another batch size before the first step: the run sees its data another number of times."""
+        group = optimizer.param_groups[0]
+        if group["steps"] > 0:
+            return
+        if self._tempers:
+            group["tempering"] = 1 / self._epochs_in_run()
+        if self.belief is not None:
+            self._install_belief()
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -106,20 +158,40 @@ class KalmanMixin(BeliefMixin):
         if optimizer is None:
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()
+        optimizer.train()  # evaluation calls `optimizer.eval()`
         inputs = self._prepare_inputs(inputs)
         if "labels" not in inputs:
             raise ValueError(f"A batch has no `labels` (keys: {sorted(inputs)}); LoKO observes them.")
-        # The filter sums over processes itself: DistributedDataParallel must not wait for gradients.
-        with self.accelerator.no_sync(model), self.compute_loss_context_manager():
-            logits = default_forward(model, inputs)
-        labels, observation = inputs["labels"], optimizer.observation
-        segments = find_segments(inputs, labels, observation, self.model)
-        loss = optimizer.observe(logits, labels, segments)
+        loss, count = self._observe(model, inputs)
+        if self.args.loko_iterations > 1:
+            self._batches.append(inputs)
+            if self.accelerator.sync_gradients:
+                for _ in range(self.args.loko_iterations - 1):
+                    optimizer.relinearise()
+                    for batch in self._batches:
+                        self._observe(model, batch)
+                self._batches.clear()
         if num_items_in_batch is None:
             return loss / self.current_gradient_accumulation_steps
-        count = observation.observed(observation.targets(logits, labels, segments)).sum()
         scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         return loss * count * scale / num_items_in_batch
+
+    def _observe(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Show one micro-batch to the filter; its mean loss, and how many labels count."""
+        optimizer = cast(LoKO, self._kalman)
+        labels, observation = inputs["labels"], optimizer.observation
+        segments = find_segments(inputs, labels, observation, self.model)
+        # Compiled graphs may reuse what they saved ("donated buffers") as of their first backward pass; a draw is a
+        # second one.
+        with keep_saved_tensors():
+            # The filter sums over processes itself: DistributedDataParallel must not wait for gradients.
+            with self.accelerator.no_sync(model), self.compute_loss_context_manager():
+                logits = default_forward(model, inputs)
+            every = self.args.torch_empty_cache_steps
+            if every is not None and self.state.global_step % every == 0:
+                clear_device_cache()
+            loss = optimizer.observe(logits, labels, segments)
+        return loss, observation.observed(observation.targets(logits, labels, segments)).sum()
 
     # -- logs, files, card -----------------------------------------------------------------------------------------
 
@@ -141,8 +213,7 @@ class KalmanMixin(BeliefMixin):
         optimizer = self._kalman
         if optimizer is not None:
             seen = {name: float(value) for name, value in optimizer.diagnostics.items()}
-            names = ("innovation", "gain_norm", "trace_p", "kl", "trust")
-            metrics |= {f"kalman/{name}": seen[name] for name in names if name in seen}
+            metrics |= {f"kalman/{name}": seen[name] for name in _LOGGED if name in seen}
             if "drift" in seen:
                 metrics |= {
                     "laplace/penalty": seen["penalty"],

@@ -5,7 +5,7 @@ import io
 
 import pytest
 import torch
-from conftest import make_batch, make_lora_bert, make_lora_llama
+from conftest import make_batch, make_lora_bert, make_lora_llama, randomise_b
 from torch import nn
 
 from kalman_peft import AdapterState, CategoricalObservation, LoKO, create_loko_optimizer
@@ -36,9 +36,9 @@ def test_loss_and_score_are_those_of_the_model(batch):
     loss = optimizer.observe(out.logits, batch["labels"])
     torch.testing.assert_close(loss.float(), out.loss.detach().float())
     found = {
-        id(p): (row.mT if turn else row)
-        for stack, score in zip(optimizer._stacks, optimizer._score, strict=True)
-        for p, row, turn in zip(stack.params, score, stack.transposed, strict=True)
+        id(p): part
+        for view, score in zip(optimizer._views, optimizer._harvest._score, strict=True)
+        for p, part in zip(view.params, view.slices(score), strict=True)
     }
     for p, g in zip(params, expected, strict=True):
         torch.testing.assert_close(found[id(p)], g, rtol=1e-5, atol=1e-6)  # the model's own loss is float32
@@ -56,29 +56,29 @@ def test_diagonal_step_is_precision_weighted(batch):
     inputs = {k: v for k, v in batch.items() if k != "labels"}
     optimizer.observe(model(**inputs).logits, batch["labels"])
     before = {id(p): p.detach().clone() for p in view.parameters().values()}
-    score, draw = [s.clone() for s in optimizer._score], [d.clone() for d in optimizer._draw]
+    harvest = optimizer._harvest
+    score, (draw,) = [s.clone() for s in harvest._score], [[c.clone() for c in d] for d in harvest._draws]
     optimizer.step()
-    for stack, g, c in zip(optimizer._stacks, score, draw, strict=True):
-        expected = g / (50.0 + c.square())
-        for p, row, turn in zip(stack.params, expected, stack.transposed, strict=True):
-            torch.testing.assert_close(p.detach(), before[id(p)] + (row.mT if turn else row))
+    for view, g, c in zip(optimizer._views, score, draw, strict=True):
+        for p, part in zip(view.params, view.slices(g / (50.0 + c.square())), strict=True):
+            torch.testing.assert_close(p.detach(), before[id(p)] + part)
 
 
 def test_accumulation_equals_one_batch(batch):
-    # Without label draws (no curvature at this step) the scores add exactly.
+    # At a step with draws, and at one without.
     model = make_lora_llama()
     start = copy.deepcopy(model.state_dict())
     results = []
     for split in (False, True):
         model.load_state_dict(start)
-        optimizer = create_loko_optimizer(model, curvature_every=2, first_draws=0)
-        run(model, optimizer, [batch])
+        optimizer = create_loko_optimizer(model, curvature_every=3, first_draws=0)
         parts = [{k: v[i : i + 1] for k, v in batch.items()} for i in range(3)] if split else [batch]
-        for part in parts:
-            optimizer.observe(
-                model(input_ids=part["input_ids"], attention_mask=part["attention_mask"]).logits, part["labels"]
-            )
-        optimizer.step()
+        for _ in range(2):
+            for part in parts:
+                optimizer.observe(
+                    model(input_ids=part["input_ids"], attention_mask=part["attention_mask"]).logits, part["labels"]
+                )
+            optimizer.step()
         results.append(AdapterState(model).flatten().clone())
     torch.testing.assert_close(results[0], results[1])
 
@@ -100,7 +100,8 @@ def test_every_trainable_tensor_moves_with_a_classification_head():
     assert any("classifier" in n for n in before)
     data = make_batch(lengths=(5, 3), prompt=0)
     data["labels"] = torch.tensor([2, 0])
-    optimizer = create_loko_optimizer(model)
+    # With 1e3 labels' worth of prior, two labels would take long to halve the loss.
+    optimizer = create_loko_optimizer(model, prior="initialisation", prior_tokens=30.0)
     losses = run(model, optimizer, [data] * 20)
     assert losses[-1] < losses[0] / 2
     for n, p in model.named_parameters():
@@ -132,10 +133,10 @@ def test_resume_is_bitwise_exact(memory, dtype, every):
     second.load_state_dict(saved)
     run(other, second, data[4:])
     assert torch.equal(AdapterState(model).flatten(), AdapterState(other).flatten())
-    for a, b in zip(optimizer._stacks, second._stacks, strict=True):
-        for key in a.memory:
-            assert a.memory[key].dtype == torch.float32
-            assert torch.equal(a.memory[key], b.memory[key]), key
+    for a, b in zip(optimizer._memories, second._memories, strict=True):
+        for key in a.tensors:
+            assert a.tensors[key].dtype == torch.float32
+            assert torch.equal(a.tensors[key], b.tensors[key]), key
 
 
 def test_priors_follow_the_initialisation(batch):
@@ -143,13 +144,65 @@ def test_priors_follow_the_initialisation(batch):
     optimizer = create_loko_optimizer(model, prior_tokens=100.0)
     view = AdapterState(model)
     run(model, optimizer, [batch])
-    for stack in optimizer._stacks:
-        for name, p, prior in zip(stack.names, stack.params, stack.memory["prior"], strict=True):
+    for memory in optimizer._memories:
+        for name, p, prior in zip(memory.view.names, memory.view.params, memory.prior, strict=True):
             if "lora_A" in name:
                 assert prior.item() == pytest.approx(3 * p.shape[1], rel=0.7)  # Kaiming-uniform: 1 / (3 d_in)
             else:
                 assert prior > 0
     assert len(view) == 6
+
+
+def first_draw_fisher(model, batch):
+    """Sums of the squared scores of the labels that the filter draws first, over the labels; by parameter."""
+    optimizer = create_loko_optimizer(model, memory="diagonal")
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    optimizer.observe(model(**inputs).logits, batch["labels"])
+    columns = optimizer._harvest._draws[0]
+    count = float((batch["labels"][:, 1:] != -100).sum())
+    return {
+        name: part.square() / count
+        for view, column in zip(optimizer._views, columns, strict=True)
+        for name, part in zip(view.names, view.slices(column), strict=True)
+    }
+
+
+@pytest.mark.parametrize("memory", ["diagonal", "kronecker", "dense"])
+def test_priors_by_formula(memory, batch):
+    # Pooled: prior_tokens times the mean Fisher of all weights. Else that of each parameter; of lora_A its start's.
+    priors = {}
+    model = make_lora_llama(torch.float32, random_b=False)
+    randomise_b(model, std=0.1)
+    start = copy.deepcopy(model.state_dict())
+    fisher = first_draw_fisher(model, batch)
+    for prior in ("auto", "initialisation", "pooled"):
+        model.load_state_dict(start)
+        optimizer = create_loko_optimizer(model, prior=prior, prior_tokens=100.0, memory=memory)
+        begin = AdapterState(model).snapshot()
+        run(model, optimizer, [batch])
+        priors[prior] = {
+            name: value.item() for m in optimizer._memories for name, value in zip(m.view.names, m.prior, strict=True)
+        }
+    assert priors["auto"] == priors["initialisation"]  # as for all token models
+    every = torch.cat([f.flatten() for f in fisher.values()])
+    floor = 1e-3 * torch.stack([f.mean() for f in fisher.values()]).mean()
+    for name, f in fisher.items():
+        own = 1 / begin[name].square().mean() if "lora_A" in name else 100 * torch.maximum(f.mean(), floor)
+        assert priors["initialisation"][name] == pytest.approx(float(own), rel=1e-4), name
+        assert priors["pooled"][name] == pytest.approx(float(100 * every.mean()), rel=1e-4), name
+
+
+@pytest.mark.parametrize("regression", [False, True])
+def test_prior_is_pooled_unless_labels_are_tokens(regression):
+    model = make_lora_bert(torch.float32, num_labels=1 if regression else 3).eval()
+    optimizer = create_loko_optimizer(model)
+    group = optimizer.param_groups[0]
+    assert group["prior"] == "pooled" and group["prior_tokens"] == 1e3
+    data = make_batch(lengths=(5, 3), prompt=0)
+    data["labels"] = torch.tensor([0.3, -1.0]) if regression else torch.tensor([2, 0])
+    run(model, optimizer, [data])
+    assert len({p for m in optimizer._memories for p in m.prior.tolist()}) == 1
+    assert create_loko_optimizer(make_lora_llama()).param_groups[0]["prior"] == "initialisation"
 
 
 def test_an_empty_observation_changes_nothing(batch, caplog):
@@ -202,12 +255,13 @@ def test_draws_count_for_the_steps_until_the_next(batch):
 
 
 def test_step_size_obeys_the_trust_region(batch):
-    for option, key in (("max_decrease", "decrease"), ("max_kl", "kl")):  # trust_decay=0: the bound itself
+    for option, key in (("max_decrease", "decrease"), ("max_kl", "kl")):  # a share of the loss; nats per label
         model = make_lora_llama(torch.float32)
-        options = {"max_decrease": None, "max_kl": None, "prior_tokens": 1e-3, "trust_decay": 0.0} | {option: 1e-4}
+        options = {"max_decrease": None, "max_kl": None, "prior_tokens": 1e-3} | {option: 1e-4}
         optimizer = create_loko_optimizer(model, **options)
-        run(model, optimizer, [batch])
-        assert float(optimizer.diagnostics[key]) == pytest.approx(1e-4, rel=1e-3)
+        (loss,) = run(model, optimizer, [batch])
+        bound = 1e-4 * (loss if option == "max_decrease" else 1)
+        assert float(optimizer.diagnostics[key]) == pytest.approx(bound, rel=1e-3)
         assert float(optimizer.diagnostics["trust"]) < 1
 
 
@@ -232,9 +286,12 @@ def test_belief_as_prior_adds_its_share_of_gradient_and_information(batch):
         before = AdapterState(model).snapshot()
         run(model, optimizer, [batch])
         after = AdapterState(model).snapshot()
-        precisions = {n: m for s in optimizer._stacks for n, m in zip(s.names, s.memory["precision"], strict=True)}
-        turned = {n: t for s in optimizer._stacks for n, t in zip(s.names, s.transposed, strict=True)}
-        return belief, before, after, {n: m.mT if turned[n] else m for n, m in precisions.items()}
+        precisions = {
+            name: part
+            for m in optimizer._memories
+            for name, part in zip(m.view.names, m.view.slices(m.tensors["precision"]), strict=True)
+        }
+        return belief, before, after, precisions
 
     tokens = int((batch["labels"][:, 1:] != -100).sum())
     belief, before, free, plain = one(0.0, "factor")
@@ -252,7 +309,7 @@ def test_belief_as_prior_adds_its_share_of_gradient_and_information(batch):
 @pytest.mark.parametrize(
     "options,match",
     [
-        ({"memory": "dense"}, "memory must be one of"),
+        ({"memory": "full"}, "memory must be one of"),
         ({"rank": 0}, "rank must be"),
         ({"curvature_every": 0}, "curvature_every must be"),
         ({"prior_tokens": 0.0}, "prior_tokens must be positive"),
@@ -260,7 +317,7 @@ def test_belief_as_prior_adds_its_share_of_gradient_and_information(batch):
         ({"first_draws": -1}, "first_draws must be"),
         ({"trust_decay": -1.0}, "trust_decay must be"),
         ({"forgetting": 0.0}, "forgetting must be in"),
-        ({"process_noise": -1.0}, "process_noise must be"),
+        ({"process_noise": -1.0}, "process_noise is a variance"),
         ({"max_kl": -1.0}, "max_kl must be positive"),
         ({"tempering": 0.0}, "tempering must be"),
     ],
@@ -278,15 +335,22 @@ def test_raises_when_nothing_was_observed(batch):
         optimizer.step(lambda: 0)
 
 
-def test_raises_when_the_model_diverges_and_keeps_the_state(batch):
+def test_skips_a_batch_that_is_not_finite_and_keeps_the_state(batch, caplog):
     model = make_lora_llama(torch.float32)
-    optimizer = create_loko_optimizer(model)
+    optimizer = create_loko_optimizer(model, max_skipped=2)
     run(model, optimizer, [batch])
-    before, memory = AdapterState(model).flatten().clone(), optimizer._stacks[0].memory["precision"].clone()
-    with pytest.raises(ValueError, match="NaN or Inf"):
-        optimizer.observe(model(input_ids=batch["input_ids"]).logits * float("nan"), batch["labels"])
+    before, memory = AdapterState(model).flatten().clone(), optimizer._memories[0].tensors["precision"].clone()
+    for k in range(3):
+        loss = optimizer.observe(model(input_ids=batch["input_ids"]).logits * float("nan"), batch["labels"])
+        assert not torch.isfinite(loss)
+        if k < 2:
+            optimizer.step()
+            assert f"NaN or Inf ({k + 1} in a row)" in caplog.text
+        else:
+            with pytest.raises(FloatingPointError, match="3 batches in a row"):
+                optimizer.step()
     assert torch.equal(AdapterState(model).flatten(), before)
-    assert torch.equal(optimizer._stacks[0].memory["precision"], memory)
+    assert torch.equal(optimizer._memories[0].tensors["precision"], memory)
 
 
 def test_raises_when_checkpointing_is_reentrant(batch):
@@ -302,7 +366,7 @@ def test_raises_when_the_saved_filter_does_not_fit():
     saved = create_loko_optimizer(make_lora_llama(r=2)).state_dict()
     with pytest.raises(ValueError, match="another shape"):
         create_loko_optimizer(make_lora_llama(r=3)).load_state_dict(saved)
-    with pytest.raises(ValueError, match="memory 'kronecker' of rank 16"):
+    with pytest.raises(ValueError, match="memory='kronecker', this one 'diagonal'"):
         create_loko_optimizer(make_lora_llama(r=2), memory="diagonal").load_state_dict(saved)
 
 
@@ -345,6 +409,19 @@ def test_innovation_is_one_for_labels_that_the_model_expects():
         optimizer.step()
         ratios.append(float(optimizer.diagnostics["innovation"]))
     assert 0.5 < sorted(ratios)[20] < 2.0
+
+
+@pytest.mark.parametrize("gain", ["memory", "joint"])
+def test_kl_of_a_step_is_that_under_the_information_gathered(gain, batch):
+    model = make_lora_llama(torch.float64)
+    optimizer = create_loko_optimizer(model, memory="dense", gain=gain, prior_tokens=5.0, curvature_every=1)
+    run(model, optimizer, [batch, batch])
+    memory, before = optimizer._memories[0], optimizer._views[0].read()
+    run(model, optimizer, [batch])
+    step = optimizer._views[0].read() - before
+    information = memory.precision[0] - torch.diag(memory.view.expand(memory.prior))
+    kl = step @ information @ step / (2 * optimizer.param_groups[0]["tokens"])
+    torch.testing.assert_close(optimizer.diagnostics["kl"], kl)
 
 
 def test_raises_without_a_trainable_parameter():

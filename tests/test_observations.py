@@ -15,7 +15,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from kalman_peft import CategoricalObservation, GaussianObservation, create_loko_optimizer
+from kalman_peft import CategoricalObservation, GaussianObservation
 from kalman_peft.observations import infer_observation, negative_log_likelihood
 from kalman_peft.sampling import random_signs
 
@@ -204,8 +204,3 @@ def test_raises_when_segments_do_not_fit():
         CAUSAL.targets(torch.zeros(1, 4, 3), torch.zeros(1, 4).long(), torch.zeros(1, 5).long())
     with pytest.raises(ValueError, match="not supported for regression"):
         GaussianObservation().targets(torch.zeros(2, 1), torch.zeros(2), torch.zeros(2, 1).long())
-
-
-def test_raises_when_loko_meets_a_regression():
-    with pytest.raises(ValueError, match="categorical observations only"):
-        create_loko_optimizer(make_lora_bert(num_labels=1))

@@ -31,7 +31,7 @@ def dataset(n=12, seed=0, prompt=2):
     return Dataset.from_list(rows(n, seed, prompt))
 
 
-def trainer(tmp_path, tokenizer, model=None, source=None, belief=None, train=None, **kwargs):
+def trainer(tmp_path, tokenizer, model=None, source=None, belief=None, train=None, eval_dataset=None, **kwargs):
     options = {
         "max_steps": 4, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4, "use_cpu": True,
         "report_to": [], "logging_steps": 1, "save_steps": 2, "disable_tqdm": True, "source_heldout": 4,
@@ -42,6 +42,7 @@ def trainer(tmp_path, tokenizer, model=None, source=None, belief=None, train=Non
         model=model or make_lora_llama(torch.float32, attn="sdpa", random_b=False),
         args=config,
         train_dataset=train or dataset(),
+        eval_dataset=eval_dataset,
         source_dataset=source,
         belief=belief,
         processing_class=tokenizer,

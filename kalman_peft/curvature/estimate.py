@@ -14,6 +14,7 @@ from ..distributed import is_sharded
 from ..observations import Observation, infer_observation
 from ..precision import Precision
 from ..precision.kronecker import KroneckerAlgebra
+from ..quantized import keep_differentiable
 from .accumulators import (
     Accumulator,
     DeltaDiagonalAccumulator,
@@ -115,6 +116,7 @@ def estimate_curvature(
     kinds, weight = kinds_for(fisher, reduction, num_samples)
     _check_whole(0, dense_limit=dense_limit, seed=seed, memory_limit=_given(memory_limit, 0))
     _check_whole(1, rank=rank, max_batches=_given(max_batches, 1), max_samples=_given(max_samples, 1))
+    keep_differentiable(model)
     state = AdapterState(model, adapter_name, warn_excluded=False)
     if space == "delta_w" or structure == "block_tridiagonal":
         refuse_nonlinear_merge(state, structure, space)

@@ -7,6 +7,7 @@ activation), and each tap fires once per backward pass, which a forward hook doe
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -22,18 +23,38 @@ TapFunction = Callable[[int, Side, Tensor, Tensor], None]
 
 class _Tap(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, output: Tensor, inputs: Tensor, root: Tensor, handler: TapFunction, index: int, side: Side
-    ) -> Tensor:
+    def forward(ctx: Any, output: Tensor, inputs: Tensor, root: Tensor, handler: Callable) -> Tensor:
         ctx.save_for_backward(inputs)
-        ctx.handler, ctx.index, ctx.side = handler, index, side
+        ctx.handler = handler
         return output.view_as(output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (inputs,) = ctx.saved_tensors
-        ctx.handler(ctx.index, ctx.side, inputs.detach(), grads[0].detach())
-        return grads[0], None, None, None, None, None
+        # A batched backward pass cannot detach, and has nothing to.
+        ctx.handler(inputs.detach(), grads[0].detach() if grads[0].requires_grad else grads[0])
+        return grads[0], None, None, None
+
+
+class Tap:
+    """Forward hook of a linear module: hands its input and its output's gradient over in every backward pass.
+
+    Args:
+        handler (`Callable`): Called as `handler(inputs, output_gradient)`.
+    """
+
+    def __init__(self, handler: Callable[[Tensor, Tensor], None]):
+        self.handler = handler
+        self._roots: dict[torch.device, Tensor] = {}
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """See `torch.nn.Module.register_forward_hook`."""
+        if not torch.is_grad_enabled():  # inference, or the outer pass of reentrant checkpointing
+            return output
+        # A leaf with which the graph begins at a tap, whether or not the weight requires a gradient.
+        if output.device not in self._roots:
+            self._roots[output.device] = torch.zeros((), device=output.device, requires_grad=True)
+        return _Tap.apply(output, args[0], self._roots[output.device], self.handler)  # type: ignore[return-value]
 
 
 @contextmanager
@@ -52,27 +73,11 @@ def tapped(state: AdapterState, handler: TapFunction) -> Iterator[None]:
     Yields:
         None: Forward passes run inside the context are tapped.
     """
-    roots: dict[torch.device, Tensor] = {}
-
-    def root(device: torch.device) -> Tensor:
-        """A leaf with which the graph begins at a tap, whether or not the factor's weight requires a gradient."""
-        if device not in roots:
-            roots[device] = torch.zeros((), device=device, requires_grad=True)
-        return roots[device]
-
-    def hook(index: int, side: Side):
-        def forward_hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            if not torch.is_grad_enabled():  # inference, or the outer pass of reentrant checkpointing
-                return output
-            return _Tap.apply(output, args[0], root(output.device), handler, index, side)  # type: ignore
-
-        return forward_hook
-
     handles = []
     try:
         for index, pair in enumerate(state):
-            handles.append(pair.linear_a.register_forward_hook(hook(index, "a")))
-            handles.append(pair.linear_b.register_forward_hook(hook(index, "b")))
+            handles.append(pair.linear_a.register_forward_hook(Tap(partial(handler, index, "a"))))
+            handles.append(pair.linear_b.register_forward_hook(Tap(partial(handler, index, "b"))))
         yield
     finally:
         for handle in handles:

@@ -221,6 +221,21 @@ class Layout:
         parts = vector.split(self.sizes)
         return {key: part.view(shape) for (key, shape), part in zip(self.shapes.items(), parts, strict=True)}
 
+    def noise(self, process_noise: float | Mapping[str, float | Tensor], like: Tensor) -> Tensor:
+        """Process noise, one for all or by block, as a vector (D,).
+
+        Raises:
+            ValueError: It is negative or not finite, or a block is missing.
+        """
+        given = process_noise if isinstance(process_noise, Mapping) else dict.fromkeys(self.shapes, process_noise)
+        if given.keys() != self.shapes.keys():
+            raise ValueError(f"process_noise must name every block; differing: {given.keys() ^ self.shapes.keys()}.")
+        blocks = {k: torch.as_tensor(given[k], dtype=like.dtype).expand(s) for k, s in self.shapes.items()}
+        noise = self.flatten(blocks, like)
+        check_noise(float(noise.min()))
+        check_noise(float(noise.max()))
+        return noise
+
 
 def precision_from_tensors(structure: str, space: str, tensors: Mapping[str, Tensor]) -> Precision:
     """Rebuild a precision from its named tensors.
@@ -259,6 +274,11 @@ def check_noise(process_noise: float) -> None:
     """Raise ValueError unless the process noise is a variance."""
     if not 0 <= process_noise < float("inf"):
         raise ValueError(f"process_noise is a variance: it must be >= 0 and finite, got {process_noise}.")
+
+
+def diffuse(eigenvalues: Tensor, process_noise: float | Tensor) -> Tensor:
+    """Eigenvalues of (Lambda^-1 + q I)^-1 from those of Lambda: f / (1 + q f), free of divisions by f."""
+    return eigenvalues / (1 + process_noise * eigenvalues)
 
 
 def check_invertible(smallest: Tensor, largest: Tensor | None = None) -> None:

@@ -14,7 +14,6 @@ from .base import (
     check_damping,
     check_factor,
     check_invertible,
-    check_noise,
     normal,
 )
 
@@ -75,11 +74,18 @@ class DensePrecision(AdapterPrecision):
         assert isinstance(other, DensePrecision)
         return type(self)(weight * self.matrix + other_weight * other.matrix.to(self.matrix), self.layout.shapes)
 
-    def predict(self, process_noise: float) -> Self:
-        """Lambda (I + q Lambda)^-1, exact."""
-        check_noise(process_noise)
-        values, vectors = self._decompose()
-        return type(self)((vectors * (values / (1 + process_noise * values))) @ vectors.mT, self.layout.shapes)
+    def predict(self, process_noise: float | Mapping[str, float | Tensor]) -> Self:
+        """(Lambda^-1 + Q)^-1, exact.
+
+        Args:
+            process_noise (`float` or `Mapping[str, float | Tensor]`):
+                Variance q, for all weights or by adapter key (a scalar, or a tensor of the factor's shape).
+
+        Returns:
+            `Precision`: Of the same structure.
+        """
+        noise = self.layout.noise(process_noise, self.matrix)
+        return type(self)(diffuse_dense(self.matrix, noise), self.layout.shapes)
 
     def to_dense(self) -> Tensor:
         """The matrix itself."""
@@ -115,6 +121,25 @@ class DensePrecision(AdapterPrecision):
         if damping == 0:
             check_invertible(values.min(), values.max())
         return values, vectors
+
+
+def diffuse_dense(matrix: Tensor, noise: Tensor) -> Tensor:
+    """(Lambda^-1 + Q)^-1 = Lambda - Lambda W (I + W Lambda W)^-1 W Lambda with W = Q^1/2, for singular Lambda too.
+
+    Args:
+        matrix (`Tensor`): Lambda, shape (..., D, D).
+        noise (`Tensor`): Diagonal of Q, shape (..., D).
+
+    Returns:
+        `Tensor`: Shape (..., D, D), symmetric.
+    """
+    root = noise.sqrt()
+    scaled = root[..., :, None] * matrix  # W Lambda
+    inner = scaled * root[..., None, :]
+    inner.diagonal(dim1=-2, dim2=-1).add_(1)
+    factor = torch.linalg.cholesky(inner.double())
+    half = torch.linalg.solve_triangular(factor, scaled.double(), upper=False)
+    return matrix - (half.mT @ half).to(matrix)
 
 
 def shapes_from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:

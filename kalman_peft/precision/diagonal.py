@@ -14,6 +14,7 @@ from .base import (
     check_factor,
     check_invertible,
     check_noise,
+    diffuse,
     normal,
 )
 
@@ -85,7 +86,7 @@ class DiagonalAlgebra(Precision):
             raise ValueError(f"process_noise must name every block; differing: {noise.keys() ^ self.entries.keys()}.")
         for q in noise.values():
             check_noise(float(q.min()) if isinstance(q, Tensor) else q)
-        return self._with({key: f / (1 + noise[key] * f) for key, f in self.entries.items()})
+        return self._with({key: diffuse(f, noise[key]) for key, f in self.entries.items()})
 
     def _damped(self, damping: float, scale: float) -> dict[str, Tensor]:
         check_damping(damping)

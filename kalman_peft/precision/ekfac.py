@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..adapters import A_SUFFIX, B_SUFFIX
-from .base import AdapterPrecision, Precision, State, check_factor, check_noise
+from .base import AdapterPrecision, Precision, State, check_factor, check_noise, diffuse
 from .factor import EigenFactor
 from .kronecker import EigenbasisAlgebra, Group, KroneckerBlocks, squares
 
@@ -60,7 +60,7 @@ class EigenKroneckerAlgebra(EigenbasisAlgebra):
     def predict(self, process_noise: float) -> Self:
         """E / (1 + q E), exact."""
         check_noise(process_noise)
-        return self._with(self.blocks, {name: c / (1 + process_noise * c) for name, c in self.cells.items()})
+        return self._with(self.blocks, {name: diffuse(c, process_noise) for name, c in self.cells.items()})
 
     def _cell_tensors(self) -> dict[str, Tensor]:
         return self.blocks.tensors() | {f"{name}:cells": c for name, c in self.cells.items()}

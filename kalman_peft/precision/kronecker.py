@@ -18,6 +18,7 @@ from .base import (
     check_factor,
     check_invertible,
     check_noise,
+    diffuse,
     normal,
     stack,
 )
@@ -206,6 +207,10 @@ class EigenbasisAlgebra(Precision):
             for block in cells[:, real]:
                 check_invertible(block.min(), block.max())
 
+    def named_cells(self) -> dict[str, Tensor]:
+        """Eigenvalues by name, (k_left + 1, k_right + 1); complements last."""
+        return {n: c for group, cells in self._cells() for n, c in zip(group.names, cells.unbind(0), strict=True)}
+
     def _cell_diagonals(self) -> dict[str, Tensor]:
         """Diagonal of every block in its own coordinates."""
         result: dict[str, Tensor] = {}
@@ -255,11 +260,7 @@ class KroneckerAlgebra(EigenbasisAlgebra):
     def predict(self, process_noise: float) -> Precision:
         """Exact, elementwise in the joint eigenbasis: no Kronecker product any more, but eigenvalue-corrected."""
         check_noise(process_noise)
-        return self._corrected({
-            name: cell / (1 + process_noise * cell)
-            for group, cells in self._cells()
-            for name, cell in zip(group.names, cells.unbind(0), strict=True)
-        })  # fmt: skip
+        return self._corrected({name: diffuse(cell, process_noise) for name, cell in self.named_cells().items()})
 
     def _corrected(self, cells: dict[str, Tensor]) -> Precision:
         """The eigenvalue-corrected precision in the same basis."""

@@ -18,7 +18,6 @@ from .base import (
     check_damping,
     check_factor,
     check_invertible,
-    check_noise,
     normal,
 )
 from .dense import shapes_from_tensors
@@ -59,7 +58,7 @@ class LowRankPrecision(AdapterPrecision):
 
     def solve(self, x: State, damping: float = 0.0, scale: float = 1.0) -> dict[str, Tensor]:
         """By the Woodbury identity, see `Precision.solve`."""
-        return self.layout.unflatten(self._solve(self.layout.flatten(x, self.entries), damping, scale))
+        return self.layout.unflatten(self.solve_vectors(self.layout.flatten(x, self.entries), damping, scale))
 
     def logdet(self, damping: float = 0.0, scale: float = 1.0) -> Tensor:
         """By the matrix determinant lemma, see `Precision.logdet`."""
@@ -75,7 +74,7 @@ class LowRankPrecision(AdapterPrecision):
         check_damping(damping)
         noise = normal(self.entries.shape, self.entries, generator) * (self.entries + damping).sqrt()
         noise = noise + self.columns @ normal(self.columns.shape[1:], self.entries, generator)
-        return self.layout.unflatten(self._solve(noise, damping, 1.0))
+        return self.layout.unflatten(self.solve_vectors(noise, damping))
 
     def scale(self, factor: float) -> Self:
         """See `Precision.scale`."""
@@ -101,16 +100,11 @@ class LowRankPrecision(AdapterPrecision):
         Returns:
             `Precision`: Of the same structure and rank.
         """
-        if isinstance(process_noise, Mapping):
-            blocks = {k: torch.as_tensor(process_noise[k]).expand(s) for k, s in self.layout.shapes.items()}
-            noise = self.layout.flatten(blocks, self.entries)
-        else:
-            noise = torch.full_like(self.entries, process_noise)
-        check_noise(float(noise.min()))
+        noise = self.layout.noise(process_noise, self.entries)
         shrink = 1 / (1 + noise * self.entries)
         inner = (self.columns.mT * (noise * shrink)) @ self.columns
-        root = torch.linalg.cholesky(torch.eye(self.rank).to(inner) + inner)  # (k, k)
-        columns = torch.linalg.solve_triangular(root, (shrink[:, None] * self.columns).mT, upper=False).mT
+        root = torch.linalg.cholesky(torch.eye(self.rank).to(inner).double() + inner)  # (k, k)
+        columns = torch.linalg.solve_triangular(root.to(inner), (shrink[:, None] * self.columns).mT, upper=False).mT
         return type(self)(self.entries * shrink, columns.contiguous(), self.layout.shapes)
 
     @classmethod
@@ -156,10 +150,17 @@ class LowRankPrecision(AdapterPrecision):
         inner = (self.columns.mT / diagonal) @ self.columns
         return torch.eye(self.rank, dtype=torch.float64, device=inner.device) + scale * inner.double()
 
-    def _solve(self, x: Tensor, damping: float, scale: float) -> Tensor:
+    def solve_vectors(self, x: Tensor, damping: float = 0.0, scale: float = 1.0) -> Tensor:
+        """`solve` for flattened vectors x (..., D)."""
         check_damping(damping)
         diagonal = scale * self.entries + damping
         check_invertible(diagonal.min())
         y = x / diagonal
-        inner = torch.linalg.solve(self._capacitance(diagonal, scale), (self.columns.mT @ y).double())
-        return y - scale * (self.columns @ inner.to(y)) / diagonal
+        inner = torch.linalg.solve(self._capacitance(diagonal, scale), (y @ self.columns)[..., None].double())
+        return y - scale * (inner[..., 0].to(y) @ self.columns.mT) / diagonal
+
+    def variances(self) -> Tensor:
+        """Diagonal of Lambda^-1, shape (D,)."""
+        root = torch.linalg.cholesky(self._capacitance(self.entries, 1.0))
+        whitened = torch.linalg.solve_triangular(root, (self.columns.mT / self.entries).double(), upper=False)
+        return (1 / self.entries - whitened.square().sum(0).to(self.entries)).clamp_min(0)

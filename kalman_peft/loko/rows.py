@@ -1,0 +1,192 @@
+"""What the labels of one micro-batch say about the outputs: scores and information, row by row.
+
+With the residual e of a row, its covariance H, a damping epsilon and a weight w, a row adds to the filter
+- form "logit":   the score -w e and the information w (H + epsilon I), which cannot vanish where the model is
+  confidently wrong;
+- form "softmax": what observing the probabilities with noise H + epsilon I says, the score -w H (H + epsilon I)^-1 e
+  and the information w H (H + epsilon I)^-1 H, which bounds the score instead.
+Both are the extended Kalman filter's at epsilon = 0. The weight is 1, or with an outlier threshold c that of the
+weighted-likelihood filter, 1 / (1 + e^T (H + epsilon I)^-1 e / c^2) (Duran-Martin et al., 2024, arXiv:2405.05646).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..observations import CategoricalObservation, GaussianObservation, Observation
+from ..sampling import RowRandom, random_signs
+
+
+POSITIONS = 2**20  # more labels than a sequence has; row keys are sequence * POSITIONS + number of the label
+_WEIGHT_DAMPING = 0.05  # of the residual's covariance where an outlier is weighed and no damping is given
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Observed rows of a micro-batch.
+
+    Args:
+        logits (`Tensor`): Detached, (B, ..., V).
+        index (`Tensor`): Observed rows of the flattened logits, (N,).
+        expected (`Tensor`): From `Observation.expect`, (N, V).
+        targets (`Tensor`): Of the observed rows.
+        loss (`Tensor`): Negative log-likelihoods, (N,).
+        weights (`Tensor`, *optional*): Of the rows, (N,); `None` for 1.
+        observation (`Observation`): How labels meet outputs.
+        damping (`float`): epsilon.
+        form (`str`): "logit" or "softmax".
+    """
+
+    logits: Tensor
+    index: Tensor
+    expected: Tensor
+    targets: Tensor
+    loss: Tensor
+    weights: Tensor | None
+    observation: Observation
+    damping: float
+    form: str
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether outputs and losses are."""
+        return bool(torch.isfinite(self.expected.sum()) & torch.isfinite(self.loss.sum()))
+
+    @property
+    def owner(self) -> Tensor:
+        """First dimension (sequence) of each row, (N,)."""
+        return self.index // self.logits.shape[1:-1].numel()
+
+    def random(self, first_sequence: int, seed: int) -> RowRandom:
+        """Random numbers of the rows, the same however sequences are spread over micro-batches and processes."""
+        return RowRandom((first_sequence + self.owner) * POSITIONS + self._slots(), seed)  # wherever the padding is
+
+    def touched(self) -> Tensor:
+        """Sequences with a label, (B,) boolean."""
+        found = torch.zeros(len(self.logits), dtype=torch.bool, device=self.logits.device)
+        found[self.owner] = True
+        return found
+
+    def squares(self) -> float:
+        """Mean over outputs, summed over rows, of the squared residual; for estimating a Gaussian's noise."""
+        return float((self.targets - self.expected).square().mean(-1).sum())
+
+    def score(self) -> Tensor:
+        """Cotangent of the negative log-likelihood, of the logits' shape."""
+        rows = self._soften(self._residual(self.targets))
+        return self.place(rows if self.weights is None else rows * self.weights[:, None])
+
+    def draw(self, kind: str, random: RowRandom) -> Tensor:
+        """A random cotangent whose square has the rows' information as its expectation: "sampled" or "rademacher"."""
+        if kind == "sampled":
+            rows = self._residual(self.observation.draw(self.expected, random))
+        else:
+            rows = self.observation.random_root(self.expected, self.targets, random)
+        if self.damping > 0:
+            other = RowRandom(random.state, 1)  # independent of the draw itself
+            rows = rows + self.damping**0.5 * random_signs(rows.shape, rows, other)
+        return self.place(self._weigh(self._soften(rows)))
+
+    def roots(self, top_k: int | None, limit: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Cotangents whose squares sum to the rows' information, one label of every sequence at a time.
+
+        Args:
+            top_k (`int`, *optional*): See [`Observation.roots`].
+            limit (`int`): Most cotangents.
+
+        Yields:
+            tuple: A cotangent of the logits' shape, and which sequences it touches, (B,) boolean.
+
+        Raises:
+            ValueError: More than `limit` of them.
+        """
+        roots = self.observation.roots(self.expected, self.targets, self.damping, top_k)  # (N, K, V)
+        slots = self._slots()
+        passes = (int(slots.max()) + 1) * roots.shape[1]
+        if passes > limit:
+            raise ValueError(
+                f"columns='exact' takes {passes} backward passes for this batch ({roots.shape[1]} for each label of a "
+                f"sequence), more than {limit}; use columns='sampled', or top_k."
+            )
+        for slot in range(int(slots.max()) + 1):
+            chosen = slots == slot
+            touched = torch.zeros(len(self.logits), dtype=torch.bool, device=self.logits.device)
+            touched[self.owner[chosen]] = True
+            for k in range(roots.shape[1]):
+                rows = roots.new_zeros(roots.shape[0], roots.shape[2])
+                rows[chosen] = roots[chosen, k]
+                yield self.place(self._weigh(self._soften(rows))), touched
+
+    def place(self, rows: Tensor) -> Tensor:
+        """Rows (N, V) at their places in a tensor of the logits' shape and dtype."""
+        flat = torch.zeros_like(self.logits).view(-1, self.logits.shape[-1])
+        return flat.index_copy_(0, self.index, rows.to(flat.dtype)).view_as(self.logits)
+
+    def _residual(self, targets: Tensor) -> Tensor:
+        out = torch.zeros_like(self.expected)
+        self.observation.residual(self.expected, targets, out, torch.arange(len(out), device=out.device))
+        return out
+
+    def _soften(self, rows: Tensor) -> Tensor:
+        if self.form == "softmax" and self.damping > 0:
+            return self.observation.soften(self.expected, rows, self.damping)
+        return rows
+
+    def _weigh(self, rows: Tensor) -> Tensor:
+        return rows if self.weights is None else rows * self.weights.sqrt()[:, None]
+
+    def _slots(self) -> Tensor:
+        """How many observed rows of the same sequence come before each, (N,)."""
+        own = torch.arange(len(self.index), device=self.index.device)
+        first = torch.ones_like(own, dtype=torch.bool)
+        first[1:] = self.owner[1:] != self.owner[:-1]
+        return own - own.where(first, 0).cummax(0).values
+
+
+def linearise(
+    logits: Tensor,
+    labels: Tensor,
+    observation: Observation,
+    segments: Tensor | None = None,
+    *,
+    options: dict[str, Any],
+    variance: float | None = None,
+) -> Rows:
+    """Read a micro-batch.
+
+    Args:
+        logits (`Tensor`): Shape (B, ..., V).
+        labels (`Tensor`): As the model takes them.
+        observation (`Observation`): How labels meet outputs.
+        segments (`Tensor`, *optional*): See [`Observation.targets`].
+        options (`dict`): "damping", "form" and "outlier_threshold".
+        variance (`float`, *optional*): Estimated noise of a Gaussian observation, of which `observation` has 1.
+
+    Returns:
+        `Rows`: Perhaps none.
+
+    Raises:
+        ValueError: The labels do not fit the logits.
+    """
+    if isinstance(observation, CategoricalObservation) and logits.shape[-1] < 2:
+        raise ValueError("One class tells nothing: set num_labels >= 2, or observe values with a GaussianObservation.")
+    targets = observation.targets(logits, labels, segments)
+    index = observation.observed(targets).nonzero().squeeze(-1)
+    outputs, targets = logits.detach().reshape(-1, logits.shape[-1])[index], targets[index]
+    expected = observation.expect(outputs)
+    loss = observation.loss(outputs, expected, targets) if len(index) else expected.new_zeros(0)
+    threshold, weights = options["outlier_threshold"], None
+    if threshold is not None:
+        surprise = observation.surprise(expected, targets, options["damping"] or _WEIGHT_DAMPING)
+        if isinstance(observation, GaussianObservation):
+            surprise = surprise / (variance or 1.0)
+        weights = 1 / (1 + surprise / threshold**2)
+    return Rows(
+        logits.detach(), index, expected, targets, loss, weights, observation, options["damping"], options["form"]
+    )
