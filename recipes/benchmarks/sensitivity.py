@@ -69,7 +69,6 @@ KNOBS = {
     "tempering": Knob(1.0),
     "trust_decay": Knob(0.3, off=True),
     "max_kl": Knob(0.01, off=True),
-    "correlation": Knob(0.1, off=True),
     "adaptive_noise": Knob(0.99, "complement", off=True),
     "forgetting": Knob(0.99, "complement", off=True),
     "process_noise": Knob(1e-5, off=True),
