@@ -174,8 +174,8 @@ class DriftCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """Take the step's innovation, and act on it."""
         kalman = self._filter(optimizer)
-        innovation = kalman.diagnostics.get("innovation")
-        if innovation is None or not self.update(float(innovation)):
+        innovation = kalman.innovation
+        if innovation is None or not self.update(innovation):
             return
         self.alarms.append(state.global_step)
         logger.warning(

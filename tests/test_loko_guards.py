@@ -76,8 +76,10 @@ def test_a_skipped_step_has_no_diagnostics(batch):
     optimizer = create_loko_optimizer(model)
     observe(model, optimizer, batch)
     assert "innovation" in optimizer.diagnostics
+    assert optimizer.innovation == float(optimizer.diagnostics["innovation"])
     observe(model, optimizer, {**batch, "labels": torch.full_like(batch["labels"], -100)})
     assert "innovation" not in optimizer.diagnostics
+    assert optimizer.innovation is None
 
 
 @pytest.mark.parametrize("evaluates", [False, True])

@@ -192,7 +192,7 @@ def score_cotangents(
     loss = observation.loss(outputs, expected, targets).mean() if len(rows) else expected.new_zeros(())
     slots = None
     if "exact" in kinds:
-        slots = _slots(rows, logits, segments)
+        slots = number_labels(rows, logits, segments)
         passes = _passes(slots, logits)
         if passes > exact_limit:
             outputs = logits.shape[-1]
@@ -217,11 +217,20 @@ def exact_count(logits: Tensor, labels: Tensor, observation: Observation, segmen
         `int`: 0 if nothing is observed.
     """
     targets = observation.targets(logits, labels, segments)
-    return _passes(_slots(observation.observed(targets).nonzero().squeeze(-1), logits, segments), logits)
+    return _passes(number_labels(observation.observed(targets).nonzero().squeeze(-1), logits, segments), logits)
 
 
-def _slots(rows: Tensor, logits: Tensor, segments: Tensor | None) -> Tensor:
-    """How many observed rows of the same sequence come before each, for ascending rows (N,)."""
+def number_labels(rows: Tensor, logits: Tensor, segments: Tensor | None = None) -> Tensor:
+    """How many observed rows of the same sequence come before each.
+
+    Args:
+        rows (`Tensor`): Observed rows of the flattened logits, ascending, shape (N,).
+        logits (`Tensor`): Shape (B, ..., V); only the shape is read.
+        segments (`Tensor`, *optional*): See [`Observation.targets`]; by default the first dimension is the sequence.
+
+    Returns:
+        `Tensor`: Shape (N,), int64.
+    """
     per_sequence = logits.shape[1:-1].numel()
     owner = rows // per_sequence if segments is None else segments.to(rows.device).reshape(-1)[rows]
     own = torch.arange(len(rows), device=rows.device)

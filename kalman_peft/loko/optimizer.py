@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_ALL = 10**9  # columns
-
 
 class LoKO(torch.optim.Optimizer):
     """Kalman filter over named parameters. Whatever their dtype, its state is float32 (float64 in dense matrices).
@@ -278,8 +276,7 @@ class LoKO(torch.optim.Optimizer):
         if not self._harvest.observed or self._plan is None:
             raise RuntimeError("LoKO.step() without an observation; call observe(logits, labels) first.")
         plan, group = self._plan, self.param_groups[0]
-        paper = isinstance(self._harvest, PaperHarvest)
-        evidence = self._harvest.reduce(plan, _ALL if paper else group["max_columns"])
+        evidence = self._harvest.reduce(plan, group["max_columns"])
         usable = self._is_usable(evidence)
         if usable and isinstance(self._harvest, PaperHarvest):
             evidence = self._whitened(evidence, self._harvest.residuals())
@@ -354,8 +351,7 @@ class LoKO(torch.optim.Optimizer):
         energy = (product if energy is None else energy) / temper**2
         decrease = product / (temper * evidence.count)
         if first:
-            self._report_fit(evidence, energy)
-            self._fit = float(energy), group["expected_energy"] * evidence.count
+            self._report_fit(energy, group["expected_energy"] * evidence.count)
         if final and group["adaptive_noise"] > 0 and self._fit[1] > 0:
             self._track_misfit(*self._fit)  # last, as all linearisations of a step are tempered alike
         self._report(scale, kl, decrease, _norm(lengths) / _norm(scores).clamp_min(TINY))
@@ -599,12 +595,18 @@ class LoKO(torch.optim.Optimizer):
             for name, value in zip(view.names, gain, strict=True)
         }
 
-    def _report_fit(self, evidence: Evidence, energy: Tensor) -> None:
+    @property
+    def innovation(self) -> float | None:
+        """That of `diagnostics`, without the cost of the rest; `None` if the last step had none."""
+        found = self._diagnostics.get("innovation")
+        return None if found is None else float(found)
+
+    def _report_fit(self, energy: Tensor, expected: float) -> None:
         """How well the data fit, at the weights before the step."""
-        group = self.param_groups[0]
-        self._diagnostics["loss"] = evidence.loss / evidence.count
-        if group["expected_energy"] > 0:
-            self._diagnostics["innovation"] = energy / (group["expected_energy"] * evidence.count)
+        self._fit = float(energy), expected
+        self._diagnostics["loss"] = self._start_loss
+        if expected > 0:
+            self._diagnostics["innovation"] = energy / expected
 
     def _report(self, scale: Tensor, kl: Tensor, decrease: Tensor, gain: Tensor) -> None:
         self._diagnostics |= {

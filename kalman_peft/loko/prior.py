@@ -121,7 +121,7 @@ class BeliefPrior:
         self._check_start(self._belief)  # not in `set`: a run that is resumed has other weights, and counts it no more
         weight = self.strength * self._num_labels * group["tempering"]
         precision = self._belief.precision
-        own = {n for n in self._belief.mean}
+        own = self._belief.mean.keys()
         kept = [m.absorb(precision, weight) for m in self._optimizer._memories if own & set(m.view.names)]
         if not all(kept):
             logger.info(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..curvature.fisher import number_labels
 from ..observations import CategoricalObservation, GaussianObservation, Observation
 from ..sampling import RowRandom, random_signs
 
@@ -67,10 +68,10 @@ class Rows:
         """Random numbers of the rows, the same however sequences are spread over micro-batches and processes."""
         return RowRandom((first_sequence + self.owner) * POSITIONS + self._slots(), seed)  # wherever the padding is
 
-    def touched(self) -> Tensor:
-        """Sequences with a label, (B,) boolean."""
+    def touched(self, chosen: Tensor | None = None) -> Tensor:
+        """Sequences with a label (among the chosen rows, (N,) boolean), (B,) boolean."""
         found = torch.zeros(len(self.logits), dtype=torch.bool, device=self.logits.device)
-        found[self.owner] = True
+        found[self.owner if chosen is None else self.owner[chosen]] = True
         return found
 
     def squares(self) -> float:
@@ -116,8 +117,7 @@ class Rows:
             )
         for slot in range(int(slots.max()) + 1):
             chosen = slots == slot
-            touched = torch.zeros(len(self.logits), dtype=torch.bool, device=self.logits.device)
-            touched[self.owner[chosen]] = True
+            touched = self.touched(chosen)
             for k in range(roots.shape[1]):
                 rows = roots.new_zeros(roots.shape[0], roots.shape[2])
                 rows[chosen] = roots[chosen, k]
@@ -143,10 +143,7 @@ class Rows:
 
     def _slots(self) -> Tensor:
         """How many observed rows of the same sequence come before each, (N,)."""
-        own = torch.arange(len(self.index), device=self.index.device)
-        first = torch.ones_like(own, dtype=torch.bool)
-        first[1:] = self.owner[1:] != self.owner[:-1]
-        return own - own.where(first, 0).cummax(0).values
+        return number_labels(self.index, self.logits)
 
 
 def linearise(
