@@ -10,6 +10,7 @@ from torch import nn
 
 from kalman_peft import AdapterState, CategoricalObservation, LoKO, create_loko_optimizer
 from kalman_peft.belief import Belief
+from kalman_peft.loko.planning import interval
 from kalman_peft.precision import DiagonalPrecision
 
 
@@ -250,7 +251,7 @@ def test_draws_count_for_the_steps_until_the_next(batch):
     for _ in range(10):
         drew = optimizer.draws_curvature
         run(model, optimizer, [batch])
-        seen.append(optimizer._interval() if drew else 0)
+        seen.append(interval(optimizer.param_groups[0]) if drew else 0)
     assert seen == [1, 3, 0, 0, 4, 0, 0, 0, 4, 0]
 
 

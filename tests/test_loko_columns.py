@@ -7,6 +7,7 @@ from torch import nn
 
 from kalman_peft import AdapterState, CategoricalObservation, GaussianObservation, LoKO, create_loko_optimizer
 from kalman_peft.loko.columns import ColumnTaps
+from kalman_peft.loko.planning import plan_step
 from kalman_peft.loko.rows import linearise
 
 
@@ -49,7 +50,7 @@ def columns_alone(optimizer, model, data):
     group = optimizer.param_groups[0]
     logits = logits_of(model, data)
     rows = linearise(logits, data["labels"], optimizer.observation, options=group)
-    plan = optimizer._plan_step(logits)
+    plan = plan_step(optimizer.param_groups[0], optimizer.observation, logits)
     empirical = plan.kind == "empirical"
     cotangent = rows.score() if empirical else rows.draw(plan.kind, rows.random(0, plan.seed * 1009))
     params = {name: p for view in optimizer._views for name, p in zip(view.names, view.params, strict=True)}

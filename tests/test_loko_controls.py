@@ -144,7 +144,7 @@ def test_several_draws_share_the_information():
     for toy in (single, several):
         toy.observe(*toy.batch(0))
         harvest = toy.optimizer._harvest
-        columns.append(harvest.reduce(toy.optimizer._plan, 64).columns)
+        columns.append(harvest.reduce(toy.optimizer._intake.plan, 64).columns)
     for one, four in zip(*columns, strict=True):
         assert len(one) == 1 and len(four) == 4
         torch.testing.assert_close(2 * four[0], one[0])

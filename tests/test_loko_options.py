@@ -134,9 +134,9 @@ def test_raises_when_process_noise_is_no_number_and_no_mapping(text):
 
 def test_process_noise_by_pattern_and_what_matches_nothing():
     toy = Linear(memory="diagonal", process_noise={"w": 0.1, "w|b": 0.2})
-    assert [noise.tolist() for noise in toy.optimizer._noise] == [pytest.approx([0.2]), pytest.approx([0.2])]
+    assert [noise.tolist() for noise in toy.optimizer._update.noise] == [pytest.approx([0.2]), pytest.approx([0.2])]
     toy = Linear(memory="diagonal", process_noise={"w": 0.1})
-    assert toy.optimizer._noise[1] is None
+    assert toy.optimizer._update.noise[1] is None
     with pytest.raises(ValueError, match=r"process_noise: patterns \['lora'\] match no parameter"):
         Linear(process_noise={"lora": 0.1, "w": 0.1})
 

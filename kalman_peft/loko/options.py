@@ -16,7 +16,6 @@ COLUMNS = ("auto", "sampled", "rademacher", "exact", "empirical")
 GAINS = ("auto", "joint", "memory")
 FORMS = ("logit", "softmax")
 PRIORS = ("auto", "pooled", "initialisation")
-_EXACT_UP_TO = 3  # outputs for which "auto" takes exact columns
 
 
 @dataclass(kw_only=True)
@@ -168,30 +167,6 @@ _PAPER = {
     "max_decrease": None, "prior_tokens": 1.0,
 }  # fmt: skip
 _OF_PAPER = ("mode", "initial_bound", "noise_decay", "process_noise", "seed", "max_skipped")
-
-
-def plan_columns(
-    options: Mapping[str, Any], observation: Observation, outputs: int, one_each: bool
-) -> tuple[str, bool]:
-    """Kind of columns, and whether there is one for each sequence.
-
-    Args:
-        options (`Mapping[str, Any]`): Of the filter.
-        observation (`Observation`): What it observes.
-        outputs (`int`): V.
-        one_each (`bool`): Whether every sequence has one label.
-
-    Returns:
-        `tuple[str, bool]`: As in [`Plan`].
-    """
-    kind, per_sequence = options["columns"], options["per_sequence"]
-    if kind == "auto":
-        drawn = "sampled" if isinstance(observation, CategoricalObservation) else "rademacher"
-        exact = options["top_k"] is not None or (one_each and outputs <= _EXACT_UP_TO and per_sequence is not False)
-        kind = "exact" if exact else drawn
-    if per_sequence is None:
-        per_sequence = one_each or kind in ("exact", "empirical")
-    return kind, per_sequence
 
 
 def check_options(options: dict[str, Any], prefix: str = "") -> None:

@@ -11,12 +11,14 @@ Whitened by R^-1/2, rows and residuals become columns and a score of the general
 C = H^T R^-1/2 and g = H^T R^-1 e.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from ..distributed import all_rows
 from ..observations import CategoricalObservation, GaussianObservation
-from .harvest import Harvest, Plan
+from .harvest import Evidence, Harvest, Plan
 from .memories import Memory
 from .rows import Rows
 
@@ -86,6 +88,28 @@ def whiten(noise: Tensor, columns: list[Tensor], residuals: Tensor) -> tuple[lis
         scores.append(torch.tensordot(weights.to(c), rows, 2))
         whitened.append(torch.einsum("bc...,ck->bk...", rows, root.to(c)).reshape(c.shape))
     return scores, whitened
+
+
+def whiten_evidence(
+    state: dict[str, Tensor], memories: list[Memory], evidence: Evidence, residuals: Tensor, decay: float
+) -> Evidence:
+    """Rows and residuals as columns and a score.
+
+    Args:
+        state (`dict[str, Tensor]`): Holds R_{k-1}, if there is one, as "observation_noise"; takes R_k.
+        memories (`list[Memory]`): Of the views.
+        evidence (`Evidence`): With H as its columns.
+        residuals (`Tensor`): e, (B, C).
+        decay (`float`): beta.
+
+    Returns:
+        `Evidence`: As the general filter takes it.
+    """
+    assert evidence.columns is not None
+    noise = update_noise(state.get("observation_noise"), evidence.columns, residuals, memories, decay)
+    state["observation_noise"] = noise
+    scores, columns = whiten(noise, evidence.columns, residuals)
+    return replace(evidence, scores=scores, columns=columns)
 
 
 class PaperHarvest(Harvest):

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .memories import Memory, export
 from .options import check
 
 
 if TYPE_CHECKING:
     from ..belief import Belief
-    from .optimizer import LoKO
 
 
 logger = logging.getLogger(__name__)
@@ -44,11 +44,12 @@ class BeliefPrior:
     """The belief of one filter, if it has any.
 
     Args:
-        optimizer (`LoKO`): The filter.
+        group (`dict[str, Any]`): Options and progress of the filter.
+        memories (`list[Memory]`): Of the filter.
     """
 
-    def __init__(self, optimizer: "LoKO"):
-        self._optimizer = optimizer
+    def __init__(self, group: dict[str, Any], memories: list[Memory]):
+        self._group, self._memories = group, memories
         self._belief: Belief | None = None
         self.mode = "factor"
         self.strength = 0.0
@@ -56,11 +57,11 @@ class BeliefPrior:
 
     def set(self, belief: "Belief", strength: float, mode: str, num_labels: float | None) -> None:
         """See [`LoKO.set_belief`]."""
-        group = self._optimizer.param_groups[0]
+        group = self._group
         check(mode in BELIEF_MODES, f"mode must be one of {BELIEF_MODES}, got {mode!r}")
         check(group["mode"] != "paper", "mode='paper' has no prior belief; use mode='kalman'")
         check(0 <= strength < math.inf, f"strength must be >= 0 and finite, got {strength}")
-        missing = belief.mean.keys() - {n for view in self._optimizer._views for n in view.names}
+        missing = belief.mean.keys() - {n for m in self._memories for n in m.view.names}
         check(not missing, f"The belief covers weights that are not optimised: {sorted(missing)[:3]}")
         if group["belief_counted"]:
             check(mode == "prior", "The filter's precision holds a belief already; another would count it twice")
@@ -69,7 +70,7 @@ class BeliefPrior:
         self._belief, self.strength, self.mode, self._num_labels = belief, strength, mode, num_labels
 
     def _check_prior(self, belief: "Belief", num_labels: float | None) -> None:
-        group = self._optimizer.param_groups[0]
+        group = self._group
         precision = belief.precision
         check(
             num_labels is not None and 0 < num_labels < math.inf,
@@ -114,7 +115,7 @@ class BeliefPrior:
 
     def count_once(self) -> None:
         """With mode "prior": add the belief to the settled prior, if that has not been done."""
-        group = self._optimizer.param_groups[0]
+        group = self._group
         if self._belief is None or self.mode != "prior" or group["belief_counted"]:
             return
         assert self._num_labels is not None
@@ -122,7 +123,7 @@ class BeliefPrior:
         weight = self.strength * self._num_labels * group["tempering"]
         precision = self._belief.precision
         own = self._belief.mean.keys()
-        kept = [m.absorb(precision, weight) for m in self._optimizer._memories if own & set(m.view.names)]
+        kept = [m.absorb(precision, weight) for m in self._memories if own & set(m.view.names)]
         if not all(kept):
             logger.info(
                 "A %s memory cannot hold all of a %s belief; of the rest it keeps a diagonal.",
@@ -143,23 +144,21 @@ class BeliefPrior:
         return Pull(self._gather(gradient, weight), information, energy)
 
     def _named_parameters(self) -> list[tuple[str, Tensor]]:
-        return [(n, p) for view in self._optimizer._views for n, p in zip(view.names, view.params, strict=True)]
+        return [(n, p) for m in self._memories for n, p in zip(m.view.names, m.view.params, strict=True)]
 
     def _gather(self, found: dict[str, Tensor], weight: float) -> list[Tensor]:
-        return [view.gather([found.get(name) for name in view.names]).mul_(weight) for view in self._optimizer._views]
+        return [m.view.gather([found.get(name) for name in m.view.names]).mul_(weight) for m in self._memories]
 
 
-def belief_of(optimizer: "LoKO", model: Any) -> "Belief":
+def belief_of(group: dict[str, Any], memories: list[Memory], model: Any) -> "Belief":
     """See [`LoKO.belief`]."""
     from ..adapters import AdapterState
     from ..belief import Belief, describe
-    from .memories import export
 
-    group = optimizer.param_groups[0]
     if not group["settled"] or group["tokens"] <= 0:
         raise ValueError("The filter has observed nothing yet; there is no belief to give.")
     state = AdapterState(model, warn_excluded=False)
     labels = group["tokens"] * group["tempering"]
-    precision = export(optimizer._memories, list(state.parameters())).scale(1 / labels)
+    precision = export(memories, list(state.parameters())).scale(1 / labels)
     record = {"structure": precision.structure, "space": "adapter", "memory": group["memory"], "num_tokens": labels}
     return Belief(state.snapshot(), precision, {"adapter": describe(state), "filter": record, "num_labels": labels})

@@ -170,3 +170,9 @@ def stack_by_shape(named: Sequence[tuple[str, Tensor]]) -> list[Stack]:
         shape = tuple(p.shape[::-1]) if turn else tuple(p.shape)
         plans.setdefault((shape, p.dtype, p.device), []).append((name, p, turn))
     return [Stack(*map(list, zip(*rows, strict=True))) for rows in plans.values()]  # type: ignore[arg-type]
+
+
+def write_all(views: Sequence[View], values: Sequence[Tensor]) -> None:
+    """Set the parameters of all views, from one tensor each."""
+    for view, value in zip(views, values, strict=True):
+        view.write(value)
