@@ -1,6 +1,7 @@
 """Sums over processes: information adds, so one reduction of sums and counts gives the single-process answer."""
 
 from collections.abc import Iterable
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -82,6 +83,23 @@ def any_process(flag: bool, device: torch.device | str = "cpu") -> bool:
     seen = torch.tensor([float(flag)], device=device)
     dist.all_reduce(seen, op=dist.ReduceOp.MAX)
     return bool(seen.item())
+
+
+def raise_together(failure: Exception | None) -> NoReturn:
+    """Raise what failed on at least one process; all of them must call.
+
+    Args:
+        failure (`Exception`, *optional*): Of this process.
+
+    Raises:
+        Exception: That of this process.
+        RuntimeError: Another one failed; it says which, and why.
+    """
+    found: list[str | None] = [None] * world()[1]
+    dist.all_gather_object(found, None if failure is None else f"{type(failure).__name__}: {failure}")
+    if failure is not None:
+        raise failure
+    raise RuntimeError("; ".join(f"process {rank} failed with {text}" for rank, text in enumerate(found) if text))
 
 
 def broadcast_(tensors: Iterable[Tensor]) -> None:

@@ -191,6 +191,8 @@ class KalmanMixin(BeliefMixin):
             if every is not None and self.state.global_step % every == 0:
                 clear_device_cache()
             loss = optimizer.observe(logits, labels, segments)
+        if optimizer.has_failed:  # `step` will say so, on all processes
+            return loss, torch.zeros_like(loss)
         return loss, observation.observed(observation.targets(logits, labels, segments)).sum()
 
     # -- logs, files, card -----------------------------------------------------------------------------------------

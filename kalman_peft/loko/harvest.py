@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distributed import all_counts, all_rows, all_sum_, world
+from ..distributed import all_counts, all_rows, all_sum_, raise_together, world
 from ..sampling import RowRandom
 from .columns import ColumnTaps, batched_backward
 from .rows import Rows
@@ -89,7 +89,8 @@ class Harvest:
         self._draws: list[list[Tensor]] = []  # per draw, per view: summed over the batch
         self._columns: list[list[Tensor]] = []  # per backward pass, per view: (touched sequences, *shape)
         self._keys: list[Tensor] = []  # per backward pass: whose columns they are
-        self._sums = [0.0] * 5
+        self._sums = [0.0] * 6
+        self._failure: Exception | None = None
         self._sequences = 0  # begun so far, over all processes
         self.observed = False
 
@@ -102,15 +103,54 @@ class Harvest:
             plan (`Plan`): Which columns to take.
             squares (`float`, *optional*): See `Evidence`.
         """
+        first = self._begin(logits, plan)
+        if self._failure is not None:
+            return
+        try:
+            self._add(logits, rows, plan, squares, first)
+        except Exception as error:
+            self._fail(error)
+
+    def add_failure(self, error: Exception, logits: Tensor, plan: Plan) -> None:
+        """In place of `add`: keep an error until `reduce`, where the other processes will wait for this one.
+
+        Args:
+            error (`Exception`): With one process it is raised at once.
+            logits (`Tensor`): Of the micro-batch that could not be read.
+            plan (`Plan`): Which columns the other processes take.
+        """
+        if world()[1] == 1:
+            raise error
+        self._begin(logits, plan)
+        self._fail(error)
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether an error is kept."""
+        return self._failure is not None
+
+    def _fail(self, error: Exception) -> None:
+        if world()[1] == 1:
+            raise error
+        self._failure = self._failure or error
+        self._score, self._draws, self._columns, self._keys = [], [], [], []
+        self._sums = [0.0] * 5 + [1.0]
+
+    def _begin(self, logits: Tensor, plan: Plan) -> int:
+        """Place of the micro-batch's first sequence, where draws need it."""
         self.observed = True
-        first = self._place(len(logits), logits.device) if plan.kind != "none" else 0
+        return self._place(len(logits), logits.device) if plan.kind != "none" else 0
+
+    def _add(self, logits: Tensor, rows: Rows, plan: Plan, squares: float, first: int) -> None:
         if not rows.is_finite:
             self._sums[4] += 1
         elif len(rows):
             self._sums = [
                 a + b
                 for a, b in zip(
-                    self._sums, (len(rows), float(rows.loss.sum()), len(rows.owner.unique()), squares, 0), strict=True
+                    self._sums,
+                    (len(rows), float(rows.loss.sum()), len(rows.owner.unique()), squares, 0, 0),
+                    strict=True,
                 )
             ]
             self._take(logits, rows, plan, first)
@@ -209,6 +249,9 @@ class Harvest:
 
         Returns:
             `Evidence`: The same in all processes.
+
+        Raises:
+            Exception: A micro-batch could not be taken, on this process or (as RuntimeError) on another.
         """
         scores = self._score or [view.zeros() for view in self.views]
         sums = torch.tensor(self._sums, dtype=torch.float64, device=scores[0].device)
@@ -218,7 +261,9 @@ class Harvest:
             columns = self._joined(max_columns, plan.seed) if plan.per_sequence else self._drawn(plan.number)
         norms = torch.stack([torch.linalg.vector_norm(t) for t in (*scores, *(columns or []))])
         sums[4] += 1 - (norms < _LARGEST).all().to(sums)
-        count, loss, sequences, squares, broken = sums.tolist()  # the one wait for the device
+        count, loss, sequences, squares, broken, failed = sums.tolist()  # the one wait for the device
+        if failed:
+            raise_together(self._failure)
         return Evidence(plan, scores, columns, count, loss, sequences, squares, broken)
 
     def _drawn(self, number: int) -> list[Tensor]:

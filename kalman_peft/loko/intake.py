@@ -1,6 +1,7 @@
 """From logits and labels to the evidence of one step, in which everything is finite and the prior settled."""
 
 import logging
+import math
 from typing import Any
 
 from torch import Tensor
@@ -50,6 +51,11 @@ class Intake:
         self.harvest = kind([memory.view for memory in memories], taps)
         self.plan: Plan | None = None
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was observed since the last step."""
+        return self.plan is None or not self.harvest.observed
+
     def clear(self) -> None:
         """Drop what was observed."""
         self.harvest.clear()
@@ -57,16 +63,22 @@ class Intake:
 
     def add(self, logits: Tensor, labels: Tensor, segments: Tensor | None) -> Tensor:
         """Take a micro-batch, see [`LoKO.observe`]."""
-        _check_inputs(logits, labels)
+        _check_logits(logits)
         group = self._group
-        rows = linearise(logits, labels, self._observation, segments, options=group, variance=group["variance"])
-        if self.plan is None:
-            self.plan = plan_step(group, self._observation, logits)
-        self.harvest.add(logits, rows, self.plan, rows.squares() if self._estimates_noise else 0.0)
+        plan = self.plan or plan_step(group, self._observation, logits)
+        try:
+            _check_tensor("labels", labels)
+            rows = linearise(logits, labels, self._observation, segments, options=group, variance=group["variance"])
+        except Exception as error:
+            self.harvest.add_failure(error, logits, plan)
+            self.plan = plan
+            return logits.new_full((), math.nan)
+        self.plan = plan
+        self.harvest.add(logits, rows, plan, rows.squares() if self._estimates_noise else 0.0)
         return rows.loss.mean() if len(rows) else rows.loss.new_zeros(())
 
     def take(self, fresh: bool) -> Evidence | None:
-        """What was observed by all processes.
+        """What was observed by all processes, if anything was.
 
         Args:
             fresh (`bool`): Whether these labels are seen for the first time, rather than linearised once more.
@@ -75,11 +87,10 @@ class Intake:
             `Evidence`: Or `None` if there is nothing to learn from it.
 
         Raises:
-            RuntimeError: Nothing was observed.
+            Exception: A micro-batch could not be taken on some process; of several processes only.
             FloatingPointError: More than `max_skipped` batches in a row were not finite.
         """
-        if not self.harvest.observed or self.plan is None:
-            raise RuntimeError("LoKO.step() without an observation; call observe(logits, labels) first.")
+        assert self.plan is not None
         group = self._group
         try:
             evidence = self.harvest.reduce(self.plan, group["max_columns"])
@@ -118,10 +129,13 @@ class Intake:
         return False
 
 
-def _check_inputs(logits: Any, labels: Any) -> None:
-    for name, value in (("logits", logits), ("labels", labels)):
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{name} must be a tensor, got {type(value).__name__}; pass `model(**inputs).logits`.")
+def _check_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(value).__name__}; pass `model(**inputs).logits`.")
+
+
+def _check_logits(logits: Any) -> None:
+    _check_tensor("logits", logits)
     if not logits.requires_grad:
         raise ValueError(
             "logits have no graph to the weights: run the model with gradients enabled and its adapter active, and do "

@@ -115,7 +115,8 @@ class LoKO(GaussianFilter):
 
         Neither `.grad` nor the hooks of a distributed wrapper are touched: `step` sums over processes by itself. Draws
         belong to a sequence's place in the joined batch of all calls and processes: however a batch is split, the same
-        labels are drawn. All processes must call it equally often.
+        labels are drawn. All processes must call it equally often; an error on one of several is kept for `step`,
+        which raises it on all of them.
 
         Args:
             logits (`Tensor`): Shape (B, ..., V), with a graph to the parameters.
@@ -126,14 +127,20 @@ class LoKO(GaussianFilter):
 
         Returns:
             `Tensor`: Mean negative log-likelihood of this batch, detached; zero if no label counts. NaN or infinite
-            where the logits are: the step then leaves everything as it is.
+            where the logits are: the step then leaves everything as it is. NaN where an error waits for `step`.
 
         Raises:
             RuntimeError: The optimizer is in evaluation mode.
-            ValueError: Labels that do not fit, or reentrant gradient checkpointing, which hides the graph.
+            ValueError: With one process: labels that do not fit, or reentrant gradient checkpointing, which hides the
+                graph.
         """
         self._check_training("observe")
         return self._intake.add(logits, labels, segments)
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether an error of `observe` waits for `step`; with several processes only."""
+        return self._harvest.has_failed
 
     # -- stepping --------------------------------------------------------------------------------------------------
 
@@ -148,7 +155,8 @@ class LoKO(GaussianFilter):
             closure (`Any`, *optional*): Refused; a filter does not re-evaluate.
 
         Raises:
-            RuntimeError: Nothing was observed, or the optimizer is in evaluation mode.
+            RuntimeError: Nothing was observed, the optimizer is in evaluation mode, or `observe` failed on another
+                process (where it failed, its own error).
             FloatingPointError: More than `max_skipped` batches in a row were not finite.
             ValueError: A closure is given.
         """
@@ -158,6 +166,7 @@ class LoKO(GaussianFilter):
         group = self.param_groups[0]
         group["steps"] += 1
         if evidence is None:
+            self._update.signals.values = {}  # they would be those of another step
             self._update.abandon()
             return
         self._advance(evidence, final=True)
@@ -184,6 +193,7 @@ class LoKO(GaussianFilter):
             raise ValueError(
                 "relinearise() needs the joint gain and columns at every step: set gain='joint', curvature_every=1."
             )
+        self._update.begin()
         evidence = self._take_evidence()
         if evidence is not None:
             self._advance(evidence, final=False)
@@ -191,7 +201,7 @@ class LoKO(GaussianFilter):
     def discard(self) -> None:
         """Drop what was observed since the last step, as if it had not been."""
         self._intake.clear()
-        self._update.reset()
+        self._update.abandon()
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -202,12 +212,19 @@ class LoKO(GaussianFilter):
         """
         super().load_state_dict(state_dict)
         self._update.read_noise()
-        self.discard()
+        self._intake.clear()
+        self._update.reset()
 
     def _take_evidence(self) -> Evidence | None:
         """What was observed by all processes, with the prior settled; `None` if there is nothing to learn from it."""
         self._check_training("step")
-        evidence = self._intake.take(fresh=not self._update.prepared)
+        if self._intake.is_empty:
+            raise RuntimeError("LoKO.step() without an observation; call observe(logits, labels) first.")
+        try:
+            evidence = self._intake.take(fresh=not self._update.prepared)
+        except Exception:
+            self._update.abandon()
+            raise
         if evidence is not None:
             self._prior.count_once()
         return evidence

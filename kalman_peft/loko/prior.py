@@ -100,6 +100,13 @@ class BeliefPrior:
                     "belief was fitted at, or use mode='factor'."
                 )
 
+    @property
+    def adds_information(self) -> bool:
+        """Whether a step to come adds to the filter's precision."""
+        if self._belief is None or self.mode == "penalty":
+            return False
+        return not self._group["belief_counted"] if self.mode == "prior" else self.strength > 0
+
     def change_strength(self, value: float) -> None:
         """A new strength for the steps to come.
 

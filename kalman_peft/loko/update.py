@@ -19,6 +19,9 @@ from .trust import decrease_factor, divergence, kl_factor
 from .views import write_all
 
 
+_EARLY = ("settled", "belief_counted", "variance", "variance_weight")  # progress made before a step ends
+
+
 class KalmanUpdate:
     """The steps of one filter.
 
@@ -51,12 +54,28 @@ class KalmanUpdate:
         self.anchor: list[Tensor] | None = None
         self._pull: Pull | None = None
         self.prepared = False
+        self._progress: dict[str, Any] = {}  # as before an iterated step, where that may change it
+        self._kept: list[dict[str, Tensor]] = []
 
+    def begin(self) -> None:
+        """Keep what an iterated step changes before its end: noise, belief and prior come in first."""
+        if self.prepared:
+            return
+        group = self._group
+        self._progress = {name: group[name] for name in _EARLY}
+        noisy = any(noise is not None for noise in self.noise)
+        if noisy or self._prior.adds_information or not group["settled"]:
+            self._kept = [{k: t.clone() for k, t in memory.tensors.items()} for memory in self._memories]
+
+    @torch.no_grad()
     def abandon(self) -> None:
-        """The step is not to be: weights as before it."""
-        self.signals.values = {}  # they would be those of another step
+        """The step is not to be: weights and memory as before it."""
         if self.anchor is not None:
             write_all(self._views, self.anchor)
+        self._group.update(self._progress)
+        for memory, kept in zip(self._memories, self._kept, strict=False):  # none where nothing changed
+            for name, tensor in kept.items():
+                memory.tensors[name].copy_(tensor)
         self.reset()
 
     def advance(self, evidence: Evidence, final: bool) -> None:

@@ -29,7 +29,7 @@ def launch(tasks, out, processes):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     out = tmp_path_factory.mktemp("two")
-    launch(TASKS + ",failure,failure_sharded,loko_draws", out, 2)
+    launch(TASKS + ",failure,failure_sharded,loko_draws,loko_failures,trainer_failure", out, 2)
     launch(TASKS, out, 1)
 
     def read(task, size, rank):
@@ -68,3 +68,23 @@ def test_a_failure_on_one_process_is_raised_on_all(results, task):
         assert result["raised"] == 1
         messages.append(bytes(int(b) for b in result["message"]).decode())
     assert "another process" in messages[0] and "outside the 17 classes" in messages[1]
+
+
+def test_what_fails_in_observe_is_raised_by_step_on_all_processes(results):
+    """A bad label, in either half of an accumulated batch, at steps with and without columns; training goes on after."""
+    first, second = results("loko_failures", 2, 0), results("loko_failures", 2, 1)
+    messages = [bytes(r.pop("messages").tolist()).decode().splitlines() for r in (first, second)]
+    assert len(messages[0]) == len(messages[1]) == 7
+    for other, own in zip(*messages, strict=True):
+        assert own.startswith("ValueError: Labels range over")
+        assert other.startswith("RuntimeError: process 1 failed with ValueError: Labels range over")
+    assert first.pop("unchanged") == second.pop("unchanged") == 1
+    assert first.keys() == second.keys()
+    for key, value in first.items():
+        assert torch.equal(value, second[key]), key
+
+
+def test_a_bad_row_ends_training_on_all_processes(results):
+    messages = sorted(bytes(results("trainer_failure", 2, rank)["messages"].tolist()).decode() for rank in (0, 1))
+    assert messages[0].startswith("RuntimeError: process ")
+    assert messages[1].startswith("ValueError: Labels range over [") and messages[0].endswith(messages[1])

@@ -150,6 +150,59 @@ def loko_draws(out):
     return result | {f"{i}-{k}": v for i, m in enumerate(optimizer._memories) for k, v in m.tensors.items()}
 
 
+def loko_failures(out):
+    """Process 1 meets bad labels: `step` raises on both, and leaves the filter as it was."""
+    messages, result, unchanged = [], {}, True
+    for task, options in (
+        ("language", {"first_draws": 2, "curvature_every": 4}),
+        ("classification", {"columns": "sampled"}),
+        ("classification", {"mode": "paper"}),
+    ):
+        model = make(task)
+        optimizer = create_loko_optimizer(model, **options)
+        good, bad = batches(task)
+        good, bad = (list(pieces(batch, 2, *world()[::-1])) for batch in (good, bad))
+        for where in (0, 1) if task == "classification" else (0, 1, 0):
+            for part in good:
+                observe(optimizer, model, part)
+            optimizer.step()
+            before = state_of(optimizer)
+            for j, part in enumerate(bad):
+                wrong = torch.full_like(part["labels"], 99) if (world()[0], j) == (1, where) else part["labels"]
+                observe(optimizer, model, part | {"labels": wrong})
+            messages.append(caught(optimizer.step))
+            unchanged &= all(torch.equal(value, before[key]) for key, value in state_of(optimizer).items())
+        for part in good:
+            observe(optimizer, model, part)
+        optimizer.step()
+        result |= {f"{task}-{len(messages)}-{key}": value for key, value in state_of(optimizer).items()}
+    encoded = torch.tensor(list("\n".join(messages).encode()))
+    return result | {"messages": encoded, "unchanged": torch.tensor(float(unchanged))}
+
+
+def trainer_failure(out):
+    """One bad row, which is one process's, in a KalmanTrainer with LoKO."""
+    data = [dict(row) for row in rows(8, 0)]
+    data[3]["labels"] = [-100, -100, -100, 99, 5, 6, 7]
+    config = KalmanConfig(
+        str(out / "failing"), optimizer="loko", max_steps=2, per_device_train_batch_size=4, use_cpu=True,
+        report_to=[], disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    run = KalmanTrainer(
+        model=make_lora_llama(attn="sdpa"), args=config, train_dataset=Dataset.from_list(data),
+        data_collator=default_data_collator,
+    )  # fmt: skip
+    return {"messages": torch.tensor(list(caught(run.train).encode()))}
+
+
+def caught(function):
+    try:
+        function()
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
 def filters(out, accumulation=1):
     """All memories and kinds of columns, with draws; shares of unequal size."""
     rank, size = world()
@@ -190,6 +243,8 @@ def main(task, out):
         "loko": lambda o: train(o, "loko"),
         "loko_accumulated": lambda o: train(o, "loko", 2),
         "loko_draws": loko_draws,
+        "loko_failures": loko_failures,
+        "trainer_failure": trainer_failure,
         "filters": filters,
         "filters_accumulated": lambda o: filters(o, 2),
         "skipped": skipped,
