@@ -1,9 +1,11 @@
 """Callbacks for any Trainer: LaplaceCallback (LaLoRA without a subclass) and DriftCallback (LoKO's alarm)."""
 
+from copy import copy
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 from .adapters import AdapterState, unwrap
@@ -121,12 +123,13 @@ class LaplaceCallback(TrainerCallback):
             state.log_history[-1].update(self.metrics())
 
 
-class DriftCallback(TrainerCallback):
+class DriftCallback(TrainerCallback, ExportableState):
     """Raises an alarm when the data stop being what LoKO's filter expects.
 
     Watches the normalised innovation, the score energy g^T P g over its expectation: its mean over the last `window`
     steps, divided by its running mean before them. At an alarm a warning is logged, and `action` is taken; the steps
-    after it make a new running mean. Logs `kalman/drift`, that ratio.
+    after it make a new running mean. Logs `kalman/drift`, that ratio. A run that is resumed from a checkpoint goes on
+    with the means and alarms that were saved in it.
 
     Args:
         threshold (`float`, *optional*, defaults to 3.0): Ratio above which the alarm goes off.
@@ -144,6 +147,7 @@ class DriftCallback(TrainerCallback):
     """
 
     ACTIONS = ("log", "stop", "inflate")
+    _KEPT = ("alarms", "ratio", "_recent", "_mean", "_count")
 
     def __init__(
         self,
@@ -168,8 +172,32 @@ class DriftCallback(TrainerCallback):
         self._mean, self._count = 0.0, 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        """Make sure that the optimizer is LoKO."""
+        """Make sure that the optimizer is LoKO, and go on from the checkpoint's means, if a run is resumed."""
         self._filter(optimizer)
+        name = type(self).__name__
+        # A new run has the present state here, a resumed one the checkpoint's, which may be without this callback; the
+        # Trainer's next checkpoint needs the entry.
+        saved = state.stateful_callbacks.setdefault(name, self.state())
+        found = [saved] if isinstance(saved, dict) else [s for s in saved if s["args"] == self.state()["args"]]
+        if found:  # of several, in the order of their saving, the last
+            self._restore(found[-1]["attributes"])
+
+    def state(self) -> dict[str, dict[str, Any]]:
+        """What a checkpoint keeps.
+
+        Returns:
+            `dict`: "args" of the constructor, and "attributes".
+        """
+        args = ("threshold", "window", "warmup", "action", "factor")
+        return {
+            "args": {k: getattr(self, k) for k in args},
+            "attributes": {k: copy(getattr(self, k)) for k in self._KEPT},
+        }
+
+    def _restore(self, attributes: dict[str, Any]) -> None:
+        for name in self._KEPT:
+            if name in attributes:
+                setattr(self, name, copy(attributes[name]))
 
     def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """Take the step's innovation, and act on it."""
@@ -197,7 +225,7 @@ class DriftCallback(TrainerCallback):
             `bool`: Whether the alarm goes off.
         """
         self._recent.append(innovation)
-        if len(self._recent) > self.window:
+        while len(self._recent) > self.window:  # several where a run is resumed with a shorter window
             self._count += 1
             self._mean += (self._recent.pop(0) - self._mean) / min(self._count, 10 * self.window)
         if self._count == 0:

@@ -355,3 +355,14 @@ def test_innovation_is_one_for_labels_that_the_model_expects(kind, options):
     ratio = energies.mean() / expected.mean()
     error = ((energies.std() / energies.mean()) ** 2 + (expected.std() / expected.mean()) ** 2).sqrt() / 150**0.5
     assert abs(ratio - 1) < 4 * error and error < 0.15
+
+
+def test_without_a_step_a_precision_takes_all_information_and_a_covariance_none():
+    for memory, shrinks in (("diagonal", True), ("dense", True), ("diagonal_covariance", False)):
+        toy = Linear(known=2.0, memory=memory, columns="exact", gain="joint", curvature_every=1)
+        toy.optimizer.param_groups[0]["lr"] = 0.0
+        weights, before = toy.theta.clone(), toy.optimizer._memories[0].traces()
+        toy.step(0)
+        after = toy.optimizer._memories[0].traces()
+        assert torch.equal(toy.theta, weights)
+        assert bool((after < before).all()) == shrinks and (shrinks or torch.equal(after, before))

@@ -299,6 +299,37 @@ def test_drift_is_quiet_without_a_shift(tmp_path, tokenizer):
     assert all(math.isfinite(e["kalman/drift"]) for e in run.state.log_history if "loss" in e)
 
 
+def test_drift_goes_on_from_a_checkpoint(tmp_path, tokenizer):
+    def run(name, callbacks, **options):
+        return sequences(
+            tmp_path / name, tokenizer, stream(True), callbacks=callbacks, max_steps=40, save_strategy="steps",
+            save_steps=20, **options,
+        )  # fmt: skip
+
+    whole = DriftCallback(window=3, warmup=10)
+    run("whole", [whole]).train()
+    checkpoint = str(tmp_path / "whole" / "checkpoint-20")
+    for options in ({}, {"restore_callback_states_from_checkpoint": True}):
+        resumed = run("resumed", [DriftCallback(window=3, warmup=10)], **options)
+        resumed.train(resume_from_checkpoint=checkpoint)
+        found = next(c for c in resumed.callback_handler.callbacks if isinstance(c, DriftCallback))
+        assert found.state() == whole.state() and found.alarms and found.alarms[0] <= 36
+    two = [DriftCallback(window=3, warmup=10), DriftCallback(window=2, warmup=8)]
+    run("two", two).train()
+    again = [DriftCallback(window=3, warmup=10), DriftCallback(window=2, warmup=8)]
+    run("again", again).train(resume_from_checkpoint=str(tmp_path / "two" / "checkpoint-20"))
+    assert [c.state() for c in again] == [c.state() for c in two]
+
+
+def test_drift_starts_anew_from_a_checkpoint_without_it(tmp_path, tokenizer):
+    options = {"max_steps": 8, "save_strategy": "steps", "save_steps": 4}
+    sequences(tmp_path, tokenizer, stream(False), **options).train()
+    callback = DriftCallback(window=3, warmup=10)
+    run = sequences(tmp_path, tokenizer, stream(False), callbacks=[callback], **options)
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert callback._count == 1 and run.state.stateful_callbacks["DriftCallback"] == callback.state()
+
+
 def test_drift_ratio_is_the_recent_mean_over_the_one_before():
     callback = DriftCallback(threshold=2.0, window=2, warmup=4)
     values = [1.0, 3.0, 2.0, 2.0, 9.0]

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..observations import Observation
 from .columns import ColumnTaps
 from .harvest import Evidence, Harvest, Plan
+from .idle import warn_at_first
 from .memories import Memory
 from .noise import estimate_variance, in_units_of
 from .paper import PaperHarvest, whiten_evidence
@@ -50,6 +51,7 @@ class Intake:
         kind = PaperHarvest if group["mode"] == "paper" else Harvest
         self.harvest = kind([memory.view for memory in memories], taps)
         self.plan: Plan | None = None
+        self._warned = False  # of options without effect
 
     @property
     def is_empty(self) -> bool:
@@ -66,6 +68,9 @@ class Intake:
         _check_logits(logits)
         group = self._group
         plan = self.plan or plan_step(group, self._observation, logits)
+        if not self._warned:
+            warn_at_first(group, self._observation, logits)
+            self._warned = True
         try:
             _check_tensor("labels", labels)
             rows = linearise(logits, labels, self._observation, segments, options=group, variance=group["variance"])

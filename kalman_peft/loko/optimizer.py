@@ -18,6 +18,7 @@ from ..observations import GaussianObservation, LikelihoodObservation, Observati
 from .columns import ColumnTaps
 from .filter import GaussianFilter
 from .harvest import Evidence
+from .idle import warn_at_start
 from .intake import Intake
 from .options import LoKOOptions, check
 from .planning import draws_columns, is_joint
@@ -50,7 +51,10 @@ class LoKO(GaussianFilter):
     optimizer.step()
     ```
 
-    `lr` scales the Kalman step and is 1; learning rate schedules act on it.
+    `lr` scales the Kalman step and is 1; learning rate schedules act on it. Where it or the trust region allow only a
+    part a of the step, memories differ: those that hold a precision count the data seen, and take in all of a batch's
+    information, also at `lr=0`; "diagonal_covariance" holds the covariance of the weights' error, which such a step
+    leaves at P - (2 a - a^2) (P - P+) (Joseph's form): at `lr=0` it does not shrink.
 
     Args:
         params (`Iterable[tuple[str, Tensor]]`): Named trainable parameters.
@@ -90,6 +94,7 @@ class LoKO(GaussianFilter):
             not estimate_noise or defaults["mode"] != "paper",
             "estimate_noise=True is not possible with mode='paper', which has a noise estimate of its own",
         )
+        warn_at_start(defaults, estimate_noise)
         super().__init__(named, defaults, prior_precision or {})
         self.observation = GaussianObservation() if estimate_noise else observation
         self.estimates_noise = estimate_noise

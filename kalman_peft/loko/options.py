@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -206,6 +207,8 @@ def check_options(options: dict[str, Any], prefix: str = "") -> None:
         elif name in ("adaptive_noise", "noise_decay"):
             check(0 <= value < 1, f"{shown} must be in [0, 1), got {value}")
         elif name == "process_noise":
+            for pattern in value if isinstance(value, Mapping) else ():
+                _check_pattern(shown, pattern)
             for q in value.values() if isinstance(value, Mapping) else (value,):
                 check(isinstance(q, int | float), f"{shown} must hold numbers, got {q!r}")
                 check(0 <= q < math.inf, f"{shown} is a variance: it must be >= 0 and finite, got {q}")
@@ -216,6 +219,13 @@ def check_options(options: dict[str, Any], prefix: str = "") -> None:
         elif name == "seed":
             check(isinstance(value, int), f"{shown} must be a whole number, got {value!r}")
     _check_combinations(LoKODefaults | options, prefix)
+
+
+def _check_pattern(shown: str, pattern: Any) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"{shown}: {pattern!r} is no regular expression ({error}).") from error
 
 
 def parse_noise(value: Any) -> float | dict[str, float]:

@@ -249,7 +249,7 @@ def main() -> None:
     """Measure, print tables, write JSON."""
     warnings.simplefilter("ignore", FutureWarning)  # peers' and transformers' own
     logging.getLogger("kalman_peft").setLevel(logging.ERROR)  # tells of large curvatures, which the table does
-    (options,) = HfArgumentParser(CurvatureOptions).parse_args_into_dataclasses()  # type: ignore[arg-type]
+    (options,) = HfArgumentParser(CurvatureOptions, description=__doc__).parse_args_into_dataclasses()  # type: ignore[arg-type]
     result = benchmark(options, lambda line: print(line, file=sys.stderr, flush=True))
     show(result, Console(width=165))
     if options.output:

@@ -2,6 +2,8 @@
 
 Peers know no masks. They are given the inputs before the last token and the targets that follow them, one position per
 sequence less than ours reads. Each works on a copy of the model, as some change it for good.
+
+Not run by itself: part of `curvature_cost.py`.
 """
 
 import copy

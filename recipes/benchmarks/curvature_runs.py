@@ -1,4 +1,7 @@
-"""Curvature passes to be measured: the work per batch apart from what is done once per pass."""
+"""Curvature passes to be measured: the work per batch apart from what is done once per pass.
+
+Not run by itself: part of `curvature_cost.py`.
+"""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -7,6 +7,8 @@ speed of forward and backward, is the price of a product: above 1 for skinny pro
 bfloat16, and for all that is no product (hooks, squares). With the price of the options' model at the same rank, the
 ratio of other models is foretold, and held against the measured one; then that of the large model. Memory needs no
 extrapolation: it is read off the large model's shapes, on the meta device.
+
+Not run by itself: part of `curvature_cost.py`.
 """
 
 import statistics

@@ -1,4 +1,7 @@
-"""The figures of `curvature_cost.py` as tables on the console."""
+"""The figures of `curvature_cost.py` as tables on the console.
+
+Not run by itself: part of `curvature_cost.py`.
+"""
 
 from typing import Any
 

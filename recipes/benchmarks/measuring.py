@@ -3,6 +3,8 @@
 All variants run one after the other in one process, round after round, so that a drift of the machine's speed cancels;
 a ratio is the median over rounds of the ratio within a round. Seconds on one CPU thread are the processor's, which
 other work on the machine disturbs less. Peak memory is the resident set (or CUDA allocation) above the start of it.
+
+Not run by itself: part of the benchmarks.
 """
 
 import ctypes

@@ -156,7 +156,7 @@ def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     """Measure, print a table, write JSON and PNG."""
-    (o,) = HfArgumentParser(Options).parse_args_into_dataclasses()  # type: ignore[arg-type]
+    (o,) = HfArgumentParser(Options, description=__doc__).parse_args_into_dataclasses()  # type: ignore[arg-type]
     unknown = sorted(set(o.knobs) - KNOBS.keys())
     if unknown:
         raise SystemExit(f"--knobs: unknown {unknown}; known are {list(KNOBS)}.")

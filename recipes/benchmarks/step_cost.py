@@ -157,7 +157,7 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 def main() -> None:
     """Measure, print tables, write JSON."""
-    (options,) = HfArgumentParser(StepOptions).parse_args_into_dataclasses()  # type: ignore[arg-type]
+    (options,) = HfArgumentParser(StepOptions, description=__doc__).parse_args_into_dataclasses()  # type: ignore[arg-type]
     result = benchmark(options, lambda line: print(line, file=sys.stderr, flush=True))
     show(result, Console(width=165))
     if options.output:

@@ -1,4 +1,7 @@
-"""Which operators a LoKO step consists of, how often each is called, and where the host waits for the device."""
+"""Which operators a LoKO step consists of, how often each is called, and where the host waits for the device.
+
+Not run by itself: part of `step_cost.py`.
+"""
 
 from collections.abc import Iterable
 from typing import Any

@@ -1,4 +1,7 @@
-"""One training step each: of AdamW, AdamW + LaLoRA and LoKO on a model, or of an optimizer on given gradients."""
+"""One training step each: of AdamW, AdamW + LaLoRA and LoKO on a model, or of an optimizer on given gradients.
+
+Not run by itself: part of `step_cost.py`.
+"""
 
 from collections.abc import Callable, Iterable
 from typing import Any

@@ -3,6 +3,8 @@
 Gradients are given, so that a step is all that is measured; for LoKO also what `observe` does beside the backward
 passes. Bytes are per weight: of the state, and at the peak of a step above parameters, gradients and state. LoKO's
 peak holds a copy of the gradients; in training autograd's own are gone by then, while AdamW's stay.
+
+Not run by itself: part of `step_cost.py`.
 """
 
 import statistics
