@@ -86,8 +86,11 @@ KNOBS = {
 class Options:
     """The stream and what is tried."""
 
-    task: str = field(default="sst2", metadata={"help": "Text task, as in online_classification.py."})
-    data: str = field(default="offline", metadata={"help": "As in online_classification.py."})
+    task: str = field(default="sst2", metadata={"help": "Text task: sst2 or another of online_classification.py."})
+    data: str = field(
+        default="offline",
+        metadata={"help": "'offline' (from a package), a file, or a Hub id; as in online_classification.py."},
+    )
     samples: int = field(default=256, metadata={"help": "Length of the stream."})
     batch_size: int = field(default=16, metadata={"help": "Samples per step."})
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Seeds; log losses are averaged."})
