@@ -141,7 +141,9 @@ class KalmanArguments:
     loko_process_noise: float | dict | str = field(  # type: ignore[assignment]
         default=0.0, metadata={"help": "Variance LoKO adds to every weight per step; or JSON, pattern to variance."}
     )
-    loko_damping: float = field(default=0.0, metadata={"help": "Added to the output curvature in LoKO."})
+    loko_damping: float | None = field(
+        default=None, metadata={"help": "Added to LoKO's output curvature; for classification 0.1 by default."}
+    )
     loko_form: str = field(default="logit", metadata={"help": "How the damping enters: 'logit' or 'softmax'."})
     loko_outlier_threshold: float | None = field(
         default=None, metadata={"help": "Labels further off than this, in standard deviations, count less in LoKO."}

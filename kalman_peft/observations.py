@@ -94,7 +94,7 @@ class Observation(ABC):
         return self.root(expected, random_signs(expected.shape, expected, random))
 
     def roots(self, expected: Tensor, targets: Tensor, damping: float = 0.0, top_k: int | None = None) -> Tensor:
-        """Columns r_1..r_K with sum_k r_k r_k^T = H + damping * I.
+        """Columns r_1..r_K with sum_k r_k r_k^T = H + damping * I (see `damping_noise`).
 
         Args:
             expected (`Tensor`): From `expect`, shape (N, V).
@@ -110,6 +110,17 @@ class Observation(ABC):
         eye = torch.eye(expected.shape[-1], dtype=expected.dtype, device=expected.device)
         columns = torch.stack([self.root(expected, e.expand_as(expected)) for e in eye], dim=1)
         return columns if damping == 0 else symmetric_roots(columns.mT @ columns, damping)
+
+    def damping_noise(self, signs: Tensor) -> Tensor:
+        """A random vector with covariance I, on the directions of outputs that labels can tell apart.
+
+        Args:
+            signs (`Tensor`): Random signs, shape (N, V).
+
+        Returns:
+            `Tensor`: Shape (N, V).
+        """
+        return signs
 
     def surprise(self, expected: Tensor, targets: Tensor, damping: float) -> Tensor:
         """Squared residual in units of its own covariance, shape (N,): what weighs outliers down.
@@ -254,25 +265,29 @@ class CategoricalObservation(Observation):
         return scaled.addcmul_(expected, scaled.sum(-1, keepdim=True), value=-1)
 
     def roots(self, expected: Tensor, targets: Tensor, damping: float = 0.0, top_k: int | None = None) -> Tensor:
-        """See `Observation.roots`; V - 1 columns, the Cholesky factor of H.
+        """See `Observation.roots`; V - 1 columns of H + damping * (I - 1 1^T / V), see `damping_noise`.
 
         With `top_k` only the k likeliest labels, the target among them, and "any other" are told apart: k columns,
-        whose information never exceeds the full one (it is that of a function of the label).
+        whose information never exceeds the full one (it is that of a function of the label), damped likewise.
         """
         width = expected.shape[-1]
         if top_k is None or top_k >= width - 1:
-            columns = _multinomial_cholesky(expected).mT  # (N, V - 1, V)
+            columns = _categorical_roots(expected, damping)  # (N, V - 1, V)
         else:
             preferred = expected.scatter(1, targets[:, None], 2.0)  # the target first
             chosen = preferred.topk(top_k, dim=-1).indices  # (N, k)
             own = expected.gather(1, chosen)
             others = expected.scatter(1, chosen, 0.0)
             rest = others.sum(-1, keepdim=True)  # (N, 1)
-            coarse = _multinomial_cholesky(torch.cat([own, rest], dim=-1)).mT  # (N, k, k + 1)
+            coarse = _categorical_roots(torch.cat([own, rest], dim=-1), damping)  # (N, k, k + 1)
             others = others / rest.clamp_min(torch.finfo(rest.dtype).tiny)
             columns = coarse[..., -1:] * others[:, None, :]
             columns = columns.scatter(-1, chosen[:, None, :].expand(-1, coarse.shape[1], -1), coarse[..., :-1])
-        return columns if damping == 0 else symmetric_roots(columns.mT @ columns, damping)
+        return columns
+
+    def damping_noise(self, signs: Tensor) -> Tensor:
+        """See `Observation.damping_noise`; a shift of all logits changes no probability: I - 1 1^T / V."""
+        return signs - signs.mean(-1, keepdim=True)
 
     def surprise(self, expected: Tensor, targets: Tensor, damping: float) -> Tensor:
         """See `Observation.surprise`: e^T (H + damping I)^-1 e with e = onehot - p, by Sherman and Morrison."""
@@ -441,6 +456,15 @@ def symmetric_roots(matrix: Tensor, damping: float = 0.0) -> Tensor:
     """Rows r with sum r r^T = matrix + damping * I, negative eigenvalues cut off; (N, V, V) -> (N, V, V)."""
     values, vectors = torch.linalg.eigh(matrix)
     return ((values.clamp_min(0) + damping).sqrt()[:, None, :] * vectors).mT
+
+
+def _categorical_roots(p: Tensor, damping: float) -> Tensor:
+    """C - 1 rows r with sum r r^T = diag(p) - p p^T + damping * (I - 1 1^T / C), for p (N, C)."""
+    columns = _multinomial_cholesky(p).mT
+    if damping == 0:
+        return columns
+    centred = torch.eye(p.shape[-1], dtype=p.dtype, device=p.device) - 1 / p.shape[-1]
+    return symmetric_roots(columns.mT @ columns + damping * centred)[:, 1:]  # the first is that of 1, which is 0
 
 
 def _multinomial_cholesky(p: Tensor) -> Tensor:

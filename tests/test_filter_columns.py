@@ -139,8 +139,9 @@ def test_top_k_columns_never_tell_more_than_the_exact_ones():
 
 def test_damping_adds_to_the_curvature_of_the_logits():
     toy, observation, x, labels, expected = case("classes")
-    jacobian = toy.jacobian(x)[labels >= 0].flatten(0, 1)
-    damped = expected + 0.2 * jacobian.T @ jacobian
+    jacobian = toy.jacobian(x)[labels >= 0]
+    differences = (jacobian - jacobian.mean(1, keepdim=True)).flatten(0, 1)
+    damped = expected + 0.2 * differences.T @ differences
     close(information(toy, observation, x, labels, columns="exact", damping=0.2), damped)
     drawn = information(
         toy, observation, x, labels, columns="sampled", damping=0.2, num_columns=1000, per_sequence=False

@@ -25,8 +25,9 @@ def curvature():
 
 def information(damping, form):
     h = curvature()
-    damped = h + damping * torch.eye(5, dtype=F64)
-    return damped if form == "logit" else h @ torch.linalg.inv(damped) @ h
+    if form == "logit":
+        return h + damping * (torch.eye(5, dtype=F64) - 1 / 5)
+    return h @ torch.linalg.inv(h + damping * torch.eye(5, dtype=F64)) @ h
 
 
 DAMPED = [(0.0, "logit"), (0.3, "logit"), (0.3, "softmax"), (0.01, "softmax")]
@@ -151,7 +152,7 @@ def filtered(x, labels, observation, threshold, outputs):
     w = torch.nn.Parameter(torch.zeros(outputs, x.shape[1], dtype=F64))
     optimizer = LoKO(
         [("w", w)], observation, memory="dense", columns="exact", prior_precision={"w": 0.1},
-        outlier_threshold=threshold, max_decrease=None,
+        outlier_threshold=threshold, max_decrease=None, damping=0.0,
     )  # fmt: skip
     for start in range(0, len(x), 20):
         optimizer.observe(x[start : start + 20] @ w.T, labels[start : start + 20])

@@ -30,6 +30,9 @@ def probabilities():
     return torch.cat([ordinary, special])
 
 
+CENTRED = torch.eye(6, dtype=F64) - 1 / 6  # what damping adds: on differences of logits
+
+
 def curvature(p):
     return torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
 
@@ -42,8 +45,8 @@ def labels_of(p, seed=1):
 def test_categorical_roots_are_the_damped_curvature(damping):
     p = probabilities()
     roots = CATEGORICAL.roots(p, labels_of(p), damping)
-    assert roots.shape == (len(p), 6 if damping else 5, 6) and torch.isfinite(roots).all()
-    expected = curvature(p) + damping * torch.eye(6, dtype=F64)
+    assert roots.shape == (len(p), 5, 6) and torch.isfinite(roots).all()
+    expected = curvature(p) + damping * CENTRED
     torch.testing.assert_close(roots.mT @ roots, expected, rtol=1e-10, atol=1e-14)
 
 
@@ -80,7 +83,16 @@ def test_top_k_with_damping():
     p = probabilities()[:5]
     targets = labels_of(p)
     coarse, damped = (CATEGORICAL.roots(p, targets, d, top_k=2) for d in (0.0, 0.1))
-    torch.testing.assert_close(damped.mT @ damped, coarse.mT @ coarse + 0.1 * torch.eye(6, dtype=F64))
+    assert damped.shape == coarse.shape
+    for n in range(5):  # differences between two labels and any other, the latter as its labels share it
+        chosen = p[n].scatter(0, targets[n : n + 1], 2.0).topk(2).indices
+        groups = torch.zeros(3, 6, dtype=F64)
+        groups[[0, 1], chosen] = 1.0
+        groups[2] = p[n].scatter(0, chosen, 0.0) / p[n].scatter(0, chosen, 0.0).sum()
+        added = groups.mT @ (torch.eye(3, dtype=F64) - 1 / 3) @ groups
+        torch.testing.assert_close(
+            damped[n].mT @ damped[n], coarse[n].mT @ coarse[n] + 0.1 * added, rtol=1e-10, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize("damping", [1e-3, 0.5])

@@ -17,6 +17,7 @@ COLUMNS = ("auto", "sampled", "rademacher", "exact", "empirical")
 GAINS = ("auto", "joint", "memory")
 FORMS = ("logit", "softmax")
 PRIORS = ("auto", "pooled", "initialisation")
+_DAMPING = 0.1  # of classifiers
 
 
 @dataclass(kw_only=True)
@@ -75,7 +76,9 @@ class LoKOOptions:
         process_noise (`float` or `dict[str, float]`, *optional*, defaults to 0.0):
             Variance added to every weight per step; or by regular expression over parameter names (the last match
             counts, others get none).
-        damping (`float`, *optional*, defaults to 0.0): epsilon, see `kalman_peft.loko.rows`.
+        damping (`float`, *optional*):
+            epsilon, see `kalman_peft.loko.rows`: a sample moves its own logits by 1 / epsilon at most, and what the
+            filter is sure of still tells it something. Defaults to 0.1 for classification, to 0 otherwise.
         form (`str`, *optional*, defaults to `"logit"`): How `damping` enters: "logit" or "softmax".
         outlier_threshold (`float`, *optional*):
             c of the weighted-likelihood filter, in standard deviations: outlying labels count less. Off by default.
@@ -121,7 +124,7 @@ class LoKOOptions:
     adaptive_noise: float = 0.0
     forgetting: float = 1.0
     process_noise: float | dict[str, float] = 0.0
-    damping: float = 0.0
+    damping: float | None = None
     form: str = "logit"
     outlier_threshold: float | None = None
     max_decrease: float | None = 0.5
@@ -158,6 +161,9 @@ class LoKOOptions:
             options["prior"] = "initialisation" if tokens else "pooled"
         if self.curvature_every is None:
             options["curvature_every"] = 4 if tokens and self.columns != "empirical" else 1
+        if self.damping is None:
+            classes = isinstance(observation, CategoricalObservation) and not tokens
+            options["damping"] = _DAMPING if classes and self.columns != "empirical" else 0.0
         _check_observation(self, observation)
         return options
 
@@ -165,7 +171,7 @@ class LoKOOptions:
 # What the published filter is in terms of the others: all information at every step, no trust region.
 _PAPER = {
     "memory": "diagonal_covariance", "columns": "exact", "gain": "joint", "per_sequence": True, "curvature_every": 1,
-    "max_decrease": None, "prior_tokens": 1.0,
+    "max_decrease": None, "prior_tokens": 1.0, "damping": 0.0,
 }  # fmt: skip
 _OF_PAPER = ("mode", "initial_bound", "noise_decay", "process_noise", "seed", "max_skipped")
 
@@ -276,7 +282,7 @@ def _check_combinations(o: dict[str, Any], prefix: str) -> None:
         refuse("num_columns", f"needs {prefix}columns='sampled' or 'rademacher'")
     if o["per_sequence"] is False and o["columns"] in ("exact", "empirical"):
         refuse("per_sequence", f"is not possible with {prefix}columns={o['columns']!r}")
-    if o["form"] == "softmax" and o["damping"] == 0:
+    if o["form"] == "softmax" and o["damping"] == 0.0:
         refuse("form", f"is the same as 'logit' without {prefix}damping")
     if o["gain"] == "memory" and o["memory"] == "diagonal_covariance":
         refuse("gain", f"is not possible with {prefix}memory='diagonal_covariance'")
@@ -289,14 +295,14 @@ def _check_combinations(o: dict[str, Any], prefix: str) -> None:
             warnings.warn(f"{prefix}{name}: no effect with {prefix}memory={o['memory']!r}.", stacklevel=5)
     if given("trust_decay") and o["max_decrease"] is None:
         refuse("trust_decay", f"has no effect with {prefix}max_decrease=None")
-    if o["damping"] > 0 and o["columns"] == "empirical":
+    if o["damping"] and o["columns"] == "empirical":
         refuse("damping", f"does not reach {prefix}columns='empirical'")
 
 
 def _check_observation(options: LoKOOptions, observation: Observation) -> None:
     name = type(observation).__name__
     if isinstance(observation, GaussianObservation):
-        check(options.damping == 0, f"damping={options.damping} has no place in a {name}, whose curvature is constant")
+        check(not options.damping, f"damping={options.damping} has no place in a {name}, whose curvature is constant")
     if not isinstance(observation, CategoricalObservation):
         check(options.top_k is None, f"top_k={options.top_k} needs a categorical observation, got {name}")
         check(options.form == "logit", f"form={options.form!r} needs a categorical observation, got {name}")

@@ -5,7 +5,7 @@ With the residual e of a row, its covariance H, a damping epsilon and a weight w
   confidently wrong;
 - form "softmax": what observing the probabilities with noise H + epsilon I says, the score -w H (H + epsilon I)^-1 e
   and the information w H (H + epsilon I)^-1 H, which bounds the score instead.
-Both are the extended Kalman filter's at epsilon = 0. The weight is 1, or with an outlier threshold c that of the
+Classes are told apart by differences of logits only: there I stands for I - 1 1^T / V. Both are the extended Kalman filter's at epsilon = 0. The weight is 1, or with an outlier threshold c that of the
 weighted-likelihood filter, 1 / (1 + e^T (H + epsilon I)^-1 e / c^2) (Duran-Martin et al., 2024, arXiv:2405.05646).
 """
 
@@ -91,7 +91,8 @@ class Rows:
             rows = self.observation.random_root(self.expected, self.targets, random)
         if self.damping > 0:
             other = RowRandom(random.state, 1)  # independent of the draw itself
-            rows = rows + self.damping**0.5 * random_signs(rows.shape, rows, other)
+            noise = self.observation.damping_noise(random_signs(rows.shape, rows, other))
+            rows = rows + self.damping**0.5 * noise
         return self.place(self._weigh(self._soften(rows)))
 
     def roots(self, top_k: int | None, limit: int) -> Iterator[tuple[Tensor, Tensor]]:
