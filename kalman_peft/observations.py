@@ -111,6 +111,10 @@ class Observation(ABC):
         columns = torch.stack([self.root(expected, e.expand_as(expected)) for e in eye], dim=1)
         return columns if damping == 0 else symmetric_roots(columns.mT @ columns, damping)
 
+    def trace(self, expected: Tensor, targets: Tensor) -> Tensor:
+        """Trace of H, shape (N,)."""
+        return self.roots(expected, targets).square().sum((1, 2))
+
     def damping_noise(self, signs: Tensor) -> Tensor:
         """A random vector with covariance I, on the directions of outputs that labels can tell apart.
 
@@ -284,6 +288,10 @@ class CategoricalObservation(Observation):
             columns = coarse[..., -1:] * others[:, None, :]
             columns = columns.scatter(-1, chosen[:, None, :].expand(-1, coarse.shape[1], -1), coarse[..., :-1])
         return columns
+
+    def trace(self, expected: Tensor, targets: Tensor) -> Tensor:
+        """See `Observation.trace`: 1 - |p|^2."""
+        return 1 - expected.square().sum(-1)
 
     def damping_noise(self, signs: Tensor) -> Tensor:
         """See `Observation.damping_noise`; a shift of all logits changes no probability: I - 1 1^T / V."""

@@ -24,6 +24,7 @@ def recurrent():
 
 def information(toy, observation, x, labels, calls=1, **options):
     """What a dense filter gathers from one batch: the sum of c c^T over the columns."""
+    options = {"damping": 0.0} | options
     optimizer = LoKO(
         toy.params.items(), observation, memory="dense", prior_precision=dict.fromkeys(toy.params, PRIOR),
         max_decrease=1e-12, gain="memory", **options,

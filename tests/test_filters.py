@@ -15,7 +15,7 @@ SPLITS = {"one by one": [[1]] * 9, "stacked": [[9]], "uneven": [[2, 1], [4], [1,
 
 
 def new_filter(toy, observation=None, prior: Any = 0.7, **options):
-    options = {"columns": "exact", "max_decrease": None, "max_columns": 10**6, "adaptive_noise": 0.0} | options
+    options = {"columns": "exact", "max_decrease": None, "max_columns": 10**6, "damping": 0.0} | options
     prior = prior if isinstance(prior, dict) else dict.fromkeys(toy.params, prior)
     return LoKO(toy.params.items(), observation or GaussianObservation(NOISE), prior_precision=prior, **options)
 

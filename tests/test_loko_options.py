@@ -58,7 +58,7 @@ PAIRS = [
     ({"num_columns": 2, "columns": "empirical"}, ("num_columns=2", "columns='sampled'")),
     ({"per_sequence": False, "columns": "exact"}, ("per_sequence=False", "columns='exact'")),
     ({"per_sequence": False, "columns": "empirical"}, ("per_sequence=False", "columns='empirical'")),
-    ({"form": "softmax"}, ("form='softmax'", "damping")),
+    ({"form": "softmax", "damping": 0.0}, ("form='softmax'", "damping")),
     ({"gain": "memory", "memory": "diagonal_covariance"}, ("gain='memory'", "memory='diagonal_covariance'")),
     ({"damping": 0.1, "columns": "empirical"}, ("damping=0.1", "columns='empirical'")),
     *[
@@ -163,7 +163,7 @@ EFFECTS = {
     "adaptive_noise": ("classes", {}, 0.0, 0.5),
     "forgetting": ("classes", {}, 1.0, 0.5),
     "process_noise": ("classes", {}, 0.0, 0.1),
-    "damping": ("classes", {}, 0.0, 0.3),
+    "damping": ("classes", {}, None, 0.3),
     "form": ("classes", {"damping": 0.3}, "logit", "softmax"),
     "outlier_threshold": ("classes", {}, None, 1.0),
     "max_decrease": ("classes", {}, 0.5, 1e-3),

@@ -7,7 +7,9 @@ from kalman_peft import CategoricalObservation, GaussianObservation, LoKO
 
 
 F64 = torch.float64
-EXACT = {"memory": "dense", "columns": "exact", "gain": "joint", "max_decrease": None, "curvature_every": 1}
+EXACT = {
+    "memory": "dense", "columns": "exact", "gain": "joint", "max_decrease": None, "curvature_every": 1, "damping": 0.0,
+}  # fmt: skip
 
 
 class Linear:

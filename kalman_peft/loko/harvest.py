@@ -52,6 +52,7 @@ class Evidence:
         squares (`float`): Summed squared residuals, see `Rows.squares`.
         broken (`float`): Micro-batches that were not finite, and one more if the sums over all are not, or are
             so large that their squares, seen by a loose prior, would not be.
+        undamped (`float`): Share of the columns' information that is the labels' own, not damping.
     """
 
     plan: Plan
@@ -62,6 +63,7 @@ class Evidence:
     sequences: float
     squares: float
     broken: float
+    undamped: float = 1.0
 
     @property
     def is_finite(self) -> bool:
@@ -89,7 +91,7 @@ class Harvest:
         self._draws: list[list[Tensor]] = []  # per draw, per view: summed over the batch
         self._columns: list[list[Tensor]] = []  # per backward pass, per view: (touched sequences, *shape)
         self._keys: list[Tensor] = []  # per backward pass: whose columns they are
-        self._sums = [0.0] * 6
+        self._sums = [0.0] * 8
         self._failure: Exception | None = None
         self._sequences = 0  # begun so far, over all processes
         self.observed = False
@@ -134,7 +136,7 @@ class Harvest:
             raise error
         self._failure = self._failure or error
         self._score, self._draws, self._columns, self._keys = [], [], [], []
-        self._sums = [0.0] * 5 + [1.0]
+        self._sums = [0.0] * 5 + [1.0, 0.0, 0.0]
 
     def _begin(self, logits: Tensor, plan: Plan) -> int:
         """Place of the micro-batch's first sequence, where draws need it."""
@@ -149,7 +151,7 @@ class Harvest:
                 a + b
                 for a, b in zip(
                     self._sums,
-                    (len(rows), float(rows.loss.sum()), len(rows.owner.unique()), squares, 0, 0),
+                    (len(rows), float(rows.loss.sum()), len(rows.owner.unique()), squares, 0, 0, *rows.traces()),
                     strict=True,
                 )
             ]
@@ -261,10 +263,10 @@ class Harvest:
             columns = self._joined(max_columns, plan.seed) if plan.per_sequence else self._drawn(plan.number)
         norms = torch.stack([torch.linalg.vector_norm(t) for t in (*scores, *(columns or []))])
         sums[4] += 1 - (norms < _LARGEST).all().to(sums)
-        count, loss, sequences, squares, broken, failed = sums.tolist()  # the one wait for the device
+        count, loss, sequences, squares, broken, failed, own, damped = sums.tolist()  # the one wait for the device
         if failed:
             raise_together(self._failure)
-        return Evidence(plan, scores, columns, count, loss, sequences, squares, broken)
+        return Evidence(plan, scores, columns, count, loss, sequences, squares, broken, own / damped if damped else 1.0)
 
     def _drawn(self, number: int) -> list[Tensor]:
         # Independent draws of mean zero: the square of their sum has the summed information as its expectation.

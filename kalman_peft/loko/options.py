@@ -165,6 +165,8 @@ class LoKOOptions:
             classes = isinstance(observation, CategoricalObservation) and not tokens
             options["damping"] = _DAMPING if classes and self.columns != "empirical" else 0.0
         _check_observation(self, observation)
+        if self.form != "logit" and not options["damping"]:
+            raise ValueError(f"form={self.form!r} is the same as 'logit' without damping; set damping > 0.")
         return options
 
 

@@ -78,6 +78,16 @@ class Rows:
         """Mean over outputs, summed over rows, of the squared residual; for estimating a Gaussian's noise."""
         return float((self.targets - self.expected).square().mean(-1).sum())
 
+    def traces(self) -> tuple[float, float]:
+        """Trace of the rows' information, summed: without the damping, and with it (what "softmax" adds is not)."""
+        if self.damping == 0 or self.form == "softmax" or not len(self):
+            return len(self), len(self)
+        own = self.observation.trace(self.expected, self.targets)
+        noise = self.observation.damping_noise(torch.eye(self.expected.shape[-1]).to(own))
+        damped = own + self.damping * noise.square().sum()
+        weights = torch.ones_like(own) if self.weights is None else self.weights
+        return float(weights @ own), float(weights @ damped)
+
     def score(self) -> Tensor:
         """Cotangent of the negative log-likelihood, of the logits' shape."""
         rows = self._soften(self._residual(self.targets))

@@ -161,7 +161,7 @@ class KalmanUpdate:
         if is_joint(self._group["gain"], evidence.plan, self._memories):
             joint = Joint(columns, self._memories)
         expected = self._energy(columns) if joint is None else joint.energy
-        self._group["expected_energy"] = float(expected / weight / evidence.count)
+        self._group["expected_energy"] = float(expected / weight / evidence.count) * evidence.undamped
         if joint is None:
             for memory, c in zip(self._memories, columns, strict=True):
                 memory.update(c)
