@@ -112,11 +112,10 @@ TEXT_KNOBS = {
 LANGUAGE_KNOBS = {
     "max_decrease": Knob(0.5),
     "prior_tokens": Knob(1e4),
-    "curvature_every": Knob(4, base="first_draws=0", values=(1, 2, 4, 8, 16)),
-    "first_draws": Knob(6, values=(0, 1, 3, 6, 10)),
+    "curvature_every": Knob(4, base="first_draws=0", values=(1, 2, 4, 8)),
     "rank": Knob(16, "int"),
     "tempering": Knob(1.0),
-    "num_columns": Knob(1, values=(1, 2, 4, 8)),
+    "num_columns": Knob(1, values=(1, 2, 4)),
     "correlation": Knob(0.0, values=(0.0, 0.25, 0.5, 0.75, 1.0)),
 }
 
@@ -136,11 +135,11 @@ class Options:
         },
     )
     samples: int | None = field(
-        default=None, metadata={"help": "Length of the stream (default 256), or sequences to learn from (40)."}
+        default=None, metadata={"help": "Length of the stream (default 256), or sequences to learn from (20)."}
     )
-    batch_size: int | None = field(default=None, metadata={"help": "Samples per step: 16, or 4 sequences."})
+    batch_size: int | None = field(default=None, metadata={"help": "Samples per step: 16, or 2 sequences."})
     max_length: int = field(default=128, metadata={"help": "Language model: longest problem with solution, tokens."})
-    eval_items: int = field(default=32, metadata={"help": "Language model: held-out problems."})
+    eval_items: int = field(default=24, metadata={"help": "Language model: held-out problems."})
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Seeds; losses are averaged."})
     knobs: list[str] = field(default_factory=list, metadata={"help": "Options to try; all of them by default."})
     threads: int = field(default=1, metadata={"help": "Threads of torch."})
@@ -171,9 +170,11 @@ def parse(arguments: list[str]) -> tuple[Options, dict[str, Knob]]:
         parser.error(f"--knobs: unknown {unknown}; known for {o.task} are {list(known)}")
     if not o.seeds:
         parser.error("--seeds needs at least one entry")
+    if min(value for value in (o.samples, o.batch_size, o.max_length, o.eval_items, 1) if value is not None) < 1:
+        parser.error("--samples, --batch_size, --max_length and --eval_items must be positive")
     o.model = o.model or ("smollm2" if language else "minilm")
-    o.samples = (40 if language else 256) if o.samples is None else o.samples
-    o.batch_size = (4 if language else 16) if o.batch_size is None else o.batch_size
+    o.samples = (20 if language else 256) if o.samples is None else o.samples
+    o.batch_size = (2 if language else 16) if o.batch_size is None else o.batch_size
     return o, {name: known[name] for name in o.knobs or known}
 
 

@@ -46,9 +46,10 @@ def _limits(rows: list[dict[str, Any]]) -> tuple[float, float]:
     """Bounds that leave out what is far above the defaults, so that the rest can be told apart."""
     values = [v for r in rows for v in (*r["losses"], r["default"]) if math.isfinite(v)]
     highest = max(r["default"] for r in rows if math.isfinite(r["default"]))
-    low, high = min(values), min(max(values), 1.6 * highest)
-    margin = 0.04 * (high - low) + 1e-3
-    return low - margin, high + 2 * margin
+    low, high = min(values), min(max(values), 1.3 * highest)
+    # Differences of a few per cent shall look as small as they are.
+    margin = max(0.05 * (high - low), 0.1 * highest - (high - low) / 2)
+    return low - margin, high + margin
 
 
 def _panel(axes: Axes, name: str, r: dict[str, Any], limits: tuple[float, float]) -> None:
@@ -58,8 +59,8 @@ def _panel(axes: Axes, name: str, r: dict[str, Any], limits: tuple[float, float]
     shown = [loss if math.isfinite(loss) else 1e9 for loss in r["losses"]]
     axes.axhline(r["default"], color="0.5", linestyle="--", linewidth=1)
     axes.plot(places, shown, marker="o", markersize=3, color=colour)
-    axes.plot(above, [limits[1]] * len(above), linestyle="", marker="^", markersize=5, color=colour, clip_on=False)
-    for k in above:  # how far above
+    for k in above:  # and how far
+        axes.plot(k, limits[1], marker="^", markersize=5, color=colour, clip_on=False)
         axes.annotate(
             f"{r['losses'][k]:.2f}", (k, limits[1]), (0, -11), textcoords="offset points", fontsize=6, ha="center"
         )
@@ -75,4 +76,5 @@ def _panel(axes: Axes, name: str, r: dict[str, Any], limits: tuple[float, float]
 def _number(value: float) -> str:
     """As short as it can be: 1e-05, 1000, 0.997."""
     text = f"{value:.4g}"
-    return text if len(text) <= 5 else f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
+    text = text if len(text) <= 5 else f"{value:.0e}"
+    return text.replace("e-0", "e-").replace("e+0", "e")

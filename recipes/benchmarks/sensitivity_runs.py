@@ -65,7 +65,7 @@ class Setting:
     samples: int
     batch_size: int
     max_length: int = 128
-    eval_items: int = 32
+    eval_items: int = 24
 
 
 class TextRuns:
@@ -108,7 +108,7 @@ class RegressionRuns(TextRuns):
         self.runner.stream = replace(
             self.runner.stream,
             model=lambda: AutoModelForSequenceClassification.from_pretrained(
-                path, num_labels=1, problem_type="regression", dtype=torch.float32
+                path, num_labels=1, problem_type="regression", dtype=torch.float32, ignore_mismatched_sizes=True
             ),
         )
 
@@ -169,7 +169,8 @@ class LanguageRuns:
                 f"at most {setting.max_length} tokens; raise --max_length."
             )
         named = {key: short_name(getattr(setting, key)) for key in ("model", "data")}
-        self.settings = asdict(setting) | named | {"r": r, "provenance": target.provenance}
+        provenance = target.provenance.replace(name, short_name(name))
+        self.settings = asdict(setting) | named | {"r": r, "provenance": provenance}
 
     def loss(self, name: str) -> float:
         """Mean over seeds of the held-out loss, nats per token of the solutions; "start" is that before any step."""

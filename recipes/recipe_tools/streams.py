@@ -71,8 +71,11 @@ def text_stream(task: str, model: str, data: str, samples: int | None, max_lengt
     classes = len(TEXT_TASKS[task].labels)
 
     def encoder() -> Any:
+        # A head for another number of classes, of a checkpoint that was fine-tuned, gives way to a new one.
         with from_hub(f"--model {model}", remedy):
-            return AutoModelForSequenceClassification.from_pretrained(path, num_labels=classes, dtype=torch.float32)
+            return AutoModelForSequenceClassification.from_pretrained(
+                path, num_labels=classes, dtype=torch.float32, ignore_mismatched_sizes=True
+            )
 
     return Stream(
         provenance,

@@ -123,9 +123,23 @@ def test_the_hub_is_asked_for_model_and_data(tmp_path, roberta, hub, monkeypatch
     check(summary)
     assert hub == [("nyu-mll/glue", "cola")]
     assert loaded[0] == ("AutoTokenizer", "roberta-base", {})
-    model = ("AutoModelForSequenceClassification", "roberta-base", {"num_labels": 2, "dtype": torch.float32})
+    options = {"num_labels": 2, "dtype": torch.float32, "ignore_mismatched_sizes": True}
+    model = ("AutoModelForSequenceClassification", "roberta-base", options)
     assert loaded[1:] == [model, model]  # the same start for both methods
     assert summary["settings"]["model"] == "roberta-base" and summary["settings"]["data"] == "nyu-mll/glue"
+
+
+def test_a_head_for_other_classes_gives_way(tmp_path, roberta):
+    other = RobertaForSequenceClassification.from_pretrained(roberta, num_labels=5, ignore_mismatched_sizes=True)
+    other.save_pretrained(tmp_path / "five")
+    AutoTokenizer.from_pretrained(roberta).save_pretrained(tmp_path / "five")
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in GLUE["cola"]))
+    stream = streams.text_stream("cola", str(tmp_path / "five"), str(tmp_path / "rows.jsonl"), 8, 16)
+    model = stream.model()
+    batch = stream.collate(stream.samples(0))
+    assert model(**batch).logits.shape == (8, 2)
+    kept = model.roberta.encoder.layer[0].attention.self.query.weight
+    torch.testing.assert_close(kept, other.roberta.encoder.layer[0].attention.self.query.weight)
 
 
 @pytest.mark.parametrize(
