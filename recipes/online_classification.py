@@ -55,7 +55,7 @@ class Options:
         default=None,
         metadata={
             "help": "Text: 'minilm' (from a package, no hub; the default), a Hub id such as 'roberta-base', or a "
-            "path. Images: 'vit' only."
+            "path; a head for another number of classes is replaced. Images: 'vit' only."
         },
     )
     data: str = field(
