@@ -109,14 +109,15 @@ TEXT_KNOBS = {
     "noise_decay": Knob(0.99, "complement", base="mode=paper"),
     "noise_decay:regression": Knob(0.99, "complement"),
 }
+# A run takes a minute on one core: few values, both ends of the range among them.
 LANGUAGE_KNOBS = {
     "max_decrease": Knob(0.5),
-    "prior_tokens": Knob(1e4),
-    "curvature_every": Knob(4, base="first_draws=0", values=(1, 2, 4, 8)),
-    "rank": Knob(16, "int"),
-    "tempering": Knob(1.0),
-    "num_columns": Knob(1, values=(1, 2, 4)),
-    "correlation": Knob(0.0, values=(0.0, 0.25, 0.5, 0.75, 1.0)),
+    "prior_tokens": Knob(1e4, values=(1e3, 1e4, 1e5)),
+    "curvature_every": Knob(4, base="first_draws=0", values=(1, 4, 8)),
+    "rank": Knob(16, values=(2, 16, 160)),
+    "tempering": Knob(1.0, values=(0.1, 1.0, 10.0)),
+    "num_columns": Knob(1, values=(1, 4)),
+    "correlation": Knob(0.0, values=(0.0, 0.5, 1.0)),
 }
 
 

@@ -65,6 +65,7 @@ def _panel(axes: Axes, name: str, r: dict[str, Any], limits: tuple[float, float]
             f"{r['losses'][k]:.2f}", (k, limits[1]), (0, -11), textcoords="offset points", fontsize=6, ha="center"
         )
     axes.set_xticks(places, [_number(v) for v in r["values"]], fontsize=6.5)
+    axes.margins(x=0.1)
     axes.set_ylim(*limits)
     axes.tick_params(axis="y", labelsize=6.5)
     axes.grid(axis="y", color="0.92")
