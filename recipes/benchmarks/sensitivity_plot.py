@@ -27,7 +27,8 @@ def plot_sensitivity(record: dict[str, Any], path: Path) -> None:
     rows = math.ceil(len(knobs) / columns)
     figure = Figure(figsize=(2.5 * columns, 1.9 * rows + 0.3), layout="constrained")
     FigureCanvasAgg(figure)
-    limits = {unit: _limits([r for r in knobs.values() if r["unit"] == unit]) for unit in (main, *others)}
+    start = record.get("start", 0.0)
+    limits = {unit: _limits([r for r in knobs.values() if r["unit"] == unit], start) for unit in (main, *others)}
     for place, (name, r) in enumerate(knobs.items(), 1):
         axes = figure.add_subplot(rows, columns, place)
         _panel(axes, name, r, limits[r["unit"]])
@@ -42,11 +43,11 @@ def plot_sensitivity(record: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def _limits(rows: list[dict[str, Any]]) -> tuple[float, float]:
-    """Bounds that leave out what is far above the defaults, so that the rest can be told apart."""
+def _limits(rows: list[dict[str, Any]], start: float) -> tuple[float, float]:
+    """Bounds that leave out what is far above the defaults and the start, so that the rest can be told apart."""
     values = [v for r in rows for v in (*r["losses"], r["default"]) if math.isfinite(v)]
     highest = max(r["default"] for r in rows if math.isfinite(r["default"]))
-    low, high = min(values), min(max(values), 1.3 * highest)
+    low, high = min(values), max(min(max(values), 1.3 * highest), start)
     # Differences of a few per cent shall look as small as they are.
     margin = max(0.05 * (high - low), 0.1 * highest - (high - low) / 2)
     return low - margin, high + margin
