@@ -55,7 +55,7 @@ class Options:
         default=None,
         metadata={
             "help": "Text: 'minilm' (from a package, no hub; the default), a Hub id such as 'roberta-base', or a "
-            "path. Images: 'vit' only."
+            "path; a head for another number of classes is replaced. Images: 'vit' only."
         },
     )
     data: str = field(
@@ -158,7 +158,7 @@ class Runner:
         self.options, self.stream, self.folder = options, stream, folder
         settings = {key: value for key, value in asdict(options).items() if key not in FREE}
         for key in ("model", "data", "images"):  # a file's name, not where it lies on this machine
-            settings[key] = _short(settings[key])
+            settings[key] = short_name(settings[key])
         self.settings = settings | {"samples": stream.length, "provenance": stream.provenance}
 
     def run(self, method: str, batch_size: int, seed: int) -> Trace:
@@ -228,7 +228,8 @@ class Runner:
         return {"log_loss": losses, "chosen": chosen, "edge": len(tried) > 1 and chosen in (tried[0], tried[-1])}
 
 
-def _short(name: str) -> str:
+def short_name(name: str) -> str:
+    """A path without its folder, anything else as it is."""
     return Path(name).name if Path(name).exists() else name
 
 

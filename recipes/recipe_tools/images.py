@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 
 from .offline import package_path
-from .rows import SPLIT_SEED
+from .rows import SPLIT_SEED, from_hub
 
 
 FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
@@ -67,6 +67,7 @@ def load_images(task: str, source: str = "offline") -> tuple[Images, Images, str
     Raises:
         ValueError: The task has no offline images, or files are not what they should be.
         FileNotFoundError: The folder lacks a file.
+        OSError: The Hub is not reached, or has no such dataset.
     """
     if task == "digits":
         if source != "offline":
@@ -82,7 +83,8 @@ def load_images(task: str, source: str = "offline") -> tuple[Images, Images, str
         return read(folder, train=True), read(folder, train=False), f"{task}, training and test files"
     if not source.count("/") == 1 or source.startswith((".", "/")):
         raise FileNotFoundError(f"--images {source} is no folder; give {WHERE[task]}.")
-    splits = load_dataset(source)
+    with from_hub(f"--images {source}", f"Give a folder instead: {WHERE[task]}."):
+        splits = load_dataset(source)
     return _from_hub(splits, "train"), _from_hub(splits, "test"), f"{source}, train and test"
 
 

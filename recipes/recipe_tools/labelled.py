@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from .offline import package_path
-from .rows import keep, load_splits
+from .rows import from_hub, keep, load_splits
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ def load_labelled(task: str, data: str = "offline") -> tuple[Dataset, str]:
     Raises:
         ValueError: There is no offline data, a column is missing, or a label or text is not usable.
         FileNotFoundError: `data` looks like a file that does not exist.
+        OSError: The Hub is not reached, or has no such dataset.
     """
     known = TEXT_TASKS[task]
     if data == "offline":
@@ -76,7 +77,9 @@ def load_labelled(task: str, data: str = "offline") -> tuple[Dataset, str]:
         if data.endswith((".jsonl", ".jsonl.gz")) and not Path(data).is_file():
             raise FileNotFoundError(f"--data {data} does not exist.")
         named = data if ":" in data or Path(data).is_file() else f"{data}:{task}"
-        rows, provenance = load_splits(named)["train"], Path(data).name if Path(data).is_file() else f"{named}, train"
+        with from_hub(f"--data {data}", f"Give {task}'s .tsv or .jsonl file, or run where the Hub is reached."):
+            rows = load_splits(named)["train"]
+        provenance = Path(data).name if Path(data).is_file() else f"{named}, train"
     for old, new in known.aliases:
         if old in rows.column_names:
             rows = rows.rename_column(old, new)

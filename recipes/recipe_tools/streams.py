@@ -18,6 +18,7 @@ from transformers import (
 from .images import load_images, shift
 from .labelled import TEXT_TASKS, encode_labelled, load_labelled
 from .offline import minilm_checkpoint
+from .rows import from_hub
 from .vit import Pretraining, normalise, pretrained_vit
 
 
@@ -59,18 +60,29 @@ def text_stream(task: str, model: str, data: str, samples: int | None, max_lengt
 
     Raises:
         ValueError: There are fewer rows than samples.
+        OSError: The model or the data are neither here nor on a hub that is reached.
     """
     path = str(minilm_checkpoint() if model == "minilm" else model)
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    remedy = "Give a folder with a model and its tokenizer, or 'minilm', which needs no hub."
+    with from_hub(f"--model {model}", remedy):
+        tokenizer = AutoTokenizer.from_pretrained(path)
     rows, provenance = load_labelled(task, data)
     length = _length(len(rows), samples, provenance)
     classes = len(TEXT_TASKS[task].labels)
+
+    def encoder() -> Any:
+        # A head for another number of classes, of a checkpoint that was fine-tuned, gives way to a new one.
+        with from_hub(f"--model {model}", remedy):
+            return AutoModelForSequenceClassification.from_pretrained(
+                path, num_labels=classes, dtype=torch.float32, ignore_mismatched_sizes=True
+            )
+
     return Stream(
         provenance,
         length,
         lambda seed: encode_labelled(rows.shuffle(seed=seed).select(range(length)), tokenizer, max_length),
         DataCollatorWithPadding(tokenizer),
-        lambda: AutoModelForSequenceClassification.from_pretrained(path, num_labels=classes, dtype=torch.float32),
+        encoder,
         {"all": (0, length), "last half": (length // 2, length)},
     )
 
