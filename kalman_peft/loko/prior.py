@@ -152,7 +152,8 @@ class BeliefPrior:
 def belief_of(optimizer: "LoKO", model: Any) -> "Belief":
     """See [`LoKO.belief`]."""
     from ..adapters import AdapterState
-    from ..belief import Belief, describe
+    from ..belief import Belief
+    from ..lineage import LINEAGE, describe, join_lineages
     from .memories import export
 
     group = optimizer.param_groups[0]
@@ -162,4 +163,7 @@ def belief_of(optimizer: "LoKO", model: Any) -> "Belief":
     labels = group["tokens"] * group["tempering"]
     precision = export(optimizer._memories, list(state.parameters())).scale(1 / labels)
     record = {"structure": precision.structure, "space": "adapter", "memory": group["memory"], "num_tokens": labels}
-    return Belief(state.snapshot(), precision, {"adapter": describe(state), "filter": record, "num_labels": labels})
+    info = {"adapter": describe(state), "filter": record, "num_labels": labels}
+    belief = optimizer._prior._belief
+    past = join_lineages(belief.info if belief is not None else [])  # what was learned since has no name here
+    return Belief(state.snapshot(), precision, info | ({LINEAGE: past} if past else {}))
