@@ -82,8 +82,9 @@ def join_lineages(*lineages: Any) -> list[Entry]:
     """
     joined: list[Entry] = []
     for lineage in lineages:
-        entries = lineage.get(LINEAGE, []) if isinstance(lineage, Mapping) else lineage
-        joined += [dict(entry) for entry in entries if entry not in joined]
+        for entry in lineage.get(LINEAGE, []) if isinstance(lineage, Mapping) else lineage:
+            if entry not in joined:
+                joined.append(dict(entry))
     return joined
 
 
