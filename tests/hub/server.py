@@ -1,7 +1,8 @@
 """A Hub on the loopback interface: what huggingface_hub, transformers and PEFT ask of the real one, in memory.
 
 Git is reduced to branches of commits, a commit to a mapping from paths to bytes. Tokens are "write-NAME" (may write to
-NAME's repositories) and "read-NAME". Repositories whose name holds one of FAULTS serve large files damaged.
+NAME's repositories) and "read-NAME". Repositories whose name holds one of FAULTS serve large files damaged, those with
+"no-storage" in it take none.
 """
 
 import base64
@@ -138,8 +139,9 @@ class Hub:
         self.readable(repo_id, user)  # a pull request may come from anybody
         found = []
         for wanted in body["objects"]:
+            place = "0" * 64 if "no-storage" in repo_id else wanted["oid"]
             actions = {
-                "upload": {"href": f"{self.url}/blobs/{wanted['oid']}"},
+                "upload": {"href": f"{self.url}/blobs/{place}"},
                 "verify": {"href": f"{self.url}/verify"},
             }
             known = wanted["oid"] in self.blobs

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +113,8 @@ REFUSALS = [
     ("push", "other's private", "HubError", "403"),
     ("push", "pull request on a branch", "ValueError", "leave out revision='second'"),
     ("push", "no stored token", "HubError", "no token is stored.*hf auth login"),
+    ("push", "failed upload", "HubError", "answered 400.*another hash"),
+    ("push", "unreachable", "HubError", "cannot be reached.*Connect.*HF_ENDPOINT"),
     ("push", "not finite", "BeliefError", "NaN or Inf"),
     ("load", "private without token", "HubError", "Could not load a belief from 'me/alone'.*401.*HF_TOKEN"),
     ("load", "private for others", "HubError", "404.*check the name, and `token=`"),
@@ -136,8 +139,6 @@ REFUSALS = [
 
 @pytest.mark.parametrize(("task", "name", "kind", "message"), REFUSALS)
 def test_raises_with_a_remedy(session, task, name, kind, message):
-    import re
-
     error = getattr(session, task).errors[name]
     assert error["type"] == kind
     assert re.search(message, error["message"], re.DOTALL), error["message"]
@@ -148,3 +149,4 @@ def test_nothing_else_went_wrong(session):
     raised = {(task, name) for task in ("push", "load", "offline") for name in getattr(session, task).errors}
     assert raised == {row[:2] for row in REFUSALS}
     assert "me/new" not in session.hub.repos
+    assert len(commits(session, "me/no-storage")) == 1  # nothing is committed where one file does not arrive

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -87,6 +88,9 @@ def push():
     attempt("other's private", belief.push_to_hub, "me/alone", token=OTHER)
     attempt("pull request on a branch", belief.push_to_hub, "me/every_save", create_pr=True, revision="second")
     attempt("no stored token", belief.push_to_hub, "me/new", token=True)
+    attempt("failed upload", changed(belief, 5).push_to_hub, "me/no-storage", token=MINE)
+    with mock.patch("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9"):
+        attempt("unreachable", belief.push_to_hub, "me/new", token=MINE)
     belief.mean[next(iter(belief.mean))][0, 0] = torch.nan
     attempt("not finite", belief.push_to_hub, "me/every_save", token=MINE)
     return {"commit": commit.oid, "message": commit.commit_message, "pull": pull.pr_url}
