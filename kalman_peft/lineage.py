@@ -97,8 +97,8 @@ def data_fingerprint(dataset: Any, num_rows: int = 64) -> str:
     Args:
         dataset (`Dataset` or `Sequence`):
             With a fingerprint of its own, as those of the datasets library (it follows what was done to the data, and
-            changes where a mapped function does not hash alike in every run), else rows of numbers, strings, arrays or tensors. A stream
-            is read from its beginning.
+            changes where a mapped function does not hash alike in every run), else rows of numbers, strings, arrays
+            or tensors. A stream is read from its beginning.
         num_rows (`int`, *optional*, defaults to 64): How many first rows are looked at where it has none.
 
     Returns:
