@@ -17,6 +17,7 @@ _MODULE_OF = {
     "DriftCallback": "callbacks",
     "ForgettingBudget": "laplace",
     "GaussianObservation": "observations",
+    "HubError": "hub",
     "KalmanConfig": "config",
     "KalmanMixin": "trainer",
     "KalmanTrainer": "trainer",
@@ -27,6 +28,7 @@ _MODULE_OF = {
     "belief_from_fisher": "interchange",
     "create_loko_optimizer": "loko",
     "curvature_memory": "curvature",
+    "data_fingerprint": "lineage",
     "estimate_curvature": "curvature",
     "log_evidence": "evidence",
     "maximise_evidence": "evidence",
@@ -44,6 +46,7 @@ __all__ = [
     "DriftCallback",
     "ForgettingBudget",
     "GaussianObservation",
+    "HubError",
     "KalmanConfig",
     "KalmanMixin",
     "KalmanTrainer",
@@ -55,6 +58,7 @@ __all__ = [
     "belief_from_fisher",
     "create_loko_optimizer",
     "curvature_memory",
+    "data_fingerprint",
     "estimate_curvature",
     "log_evidence",
     "maximise_evidence",
@@ -71,8 +75,10 @@ if TYPE_CHECKING:
     from .config import KalmanConfig
     from .curvature import curvature_memory, estimate_curvature
     from .evidence import log_evidence, maximise_evidence
+    from .hub import HubError
     from .interchange import belief_from_fisher, save_fisher, to_laplace_torch
     from .laplace import ForgettingBudget
+    from .lineage import data_fingerprint
     from .loko import LoKO, LoKOOptions, create_loko_optimizer
     from .observations import CategoricalObservation, GaussianObservation, LikelihoodObservation
     from .self_source import sample_source

@@ -8,9 +8,10 @@ import hashlib
 import json
 import logging
 import os
+import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,9 +20,13 @@ from torch import Tensor, nn
 
 from .adapters import AdapterState
 from .curvature.estimate import estimate_curvature, refuse_nonlinear_merge
-from .distributed import broadcast_, whole, world
+from .distributed import broadcast_, world
+from .lineage import describe
 from .precision import Precision, precision_from_tensors
 
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
 
 logger = logging.getLogger(__name__)
 
@@ -212,6 +217,54 @@ class Belief:
         write_atomically(folder / BELIEF_WEIGHTS, lambda p: save_file(tensors, p, {"config": text}))
         write_atomically(folder / BELIEF_CONFIG, lambda p: p.write_text(text + "\n"))
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        subfolder: str | None = None,
+    ) -> "CommitInfo | None":
+        """Upload the two files in one commit; the repository and the branch are created if missing.
+
+        In a process group all may call; the first process pushes. Source data that the belief carries go with it.
+
+        Args:
+            repo_id (`str`): Usually the adapter's repository; its other files stay as they are.
+            commit_message (`str`, *optional*, defaults to `"Upload belief"`): First line of the commit.
+            commit_description (`str`, *optional*): Its further text.
+            private (`bool`, *optional*): Of a repository that is created; one that exists stays as it is.
+            token (`str` or `bool`, *optional*): With the right to write; by default what `hf auth login` stored.
+            revision (`str`, *optional*): Branch; the main one by default.
+            create_pr (`bool`, *optional*, defaults to `False`): Open a pull request rather than commit.
+            subfolder (`str`, *optional*): Folder inside the repository.
+
+        Returns:
+            `CommitInfo`: With `commit_url`, `oid` and `pr_url`; `None` on other processes than the first.
+
+        Raises:
+            HubError: The Hub refuses or cannot be reached.
+            BeliefError: The belief contains NaN or Inf.
+            ValueError: `create_pr` together with `revision`.
+        """
+        from .hub import push_belief
+
+        return push_belief(
+            self,
+            repo_id,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            subfolder=subfolder,
+        )
+
     @classmethod
     def from_pretrained(
         cls,
@@ -220,23 +273,51 @@ class Belief:
         device: torch.device | str = "cpu",
         revision: str | None = None,
         token: str | bool | None = None,
+        subfolder: str | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
     ) -> Self:
         """Read a belief from a folder or from a repository on the Hub.
 
         Args:
             pretrained (`str` or `os.PathLike`): Folder with the two files, or a repository id.
             device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): Where the tensors go.
-            revision (`str`, *optional*): Of the repository.
+            revision (`str`, *optional*): Branch, tag or commit of the repository.
             token (`str` or `bool`, *optional*): For private repositories.
+            subfolder (`str`, *optional*): Folder inside, as "last-checkpoint" of `hub_strategy="checkpoint"`.
+            cache_dir (`str` or `os.PathLike`, *optional*): Where downloads are kept; the Hub's cache by default.
+            force_download (`bool`, *optional*, defaults to `False`): Download again what the cache has.
+            local_files_only (`bool`, *optional*, defaults to `False`): Use what the cache has, and no network.
 
         Returns:
             `Belief`: As saved.
 
         Raises:
-            FileNotFoundError: The folder has no belief.
+            FileNotFoundError: The folder or the repository has no belief.
+            HubError: No such repository or revision, no right to read it, or no way to reach the Hub.
             BeliefError: A file is truncated, of an unknown format, or does not belong to the other.
         """
-        weights, config_file = _locate(pretrained, revision, token)
+        from .hub import resolve
+
+        weights, config_file, downloaded = resolve(
+            pretrained,
+            revision=revision,
+            token=token,
+            subfolder=subfolder,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+        )
+        try:
+            return cls._read(weights, config_file, device)
+        except BeliefError as error:
+            if not downloaded:
+                raise
+            raise BeliefError(f"{error} Pass `force_download=True` in case the download went wrong.") from error
+
+    @classmethod
+    def _read(cls, weights: Path, config_file: Path, device: torch.device | str) -> Self:
         beside = _read_config(config_file.read_bytes(), config_file)
         try:
             with safe_open(weights, framework="pt", device=str(device)) as file:
@@ -293,43 +374,6 @@ def _read_config(text: bytes, path: Path) -> dict[str, Any]:
     return config
 
 
-def describe(state: AdapterState) -> dict[str, Any]:
-    """What an adapter is over: base model, its fingerprint, and the scaling of every adapted layer.
-
-    Args:
-        state (`AdapterState`): The adapter.
-
-    Returns:
-        `dict[str, Any]`: JSON-serialisable.
-    """
-    return {
-        "base_model": state.config.base_model_name_or_path,
-        "base_fingerprint": base_fingerprint(state),
-        "scaling": {pair.name: pair.scaling for pair in state},
-    }
-
-
-def base_fingerprint(state: AdapterState) -> str | None:
-    """Hash of some weights of the first and last adapted layer, the same for a bf16 and a float32 copy.
-
-    Args:
-        state (`AdapterState`): The adapter on its base model.
-
-    Returns:
-        `str` or `None`: Hexadecimal; `None` for quantised weights, which cannot be compared.
-    """
-    digest = hashlib.sha256()
-    for pair in (state.pairs[0], state.pairs[-1]):
-        layer: Any = state.model.get_submodule(pair.name)
-        weight = getattr(layer.get_base_layer(), "weight", None)
-        if weight is None or not weight.is_floating_point() or weight.dim() != 2 or weight.device.type == "meta":
-            return None
-        flat = whole(weight.detach()).reshape(-1)
-        sample = flat[:: max(flat.numel() // 4096, 1)][:4096].to(torch.bfloat16).float().cpu()
-        digest.update(str(tuple(weight.shape)).encode() + sample.numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _fingerprint(tensors: Mapping[str, Tensor]) -> str:
     """Hash of names, shapes, dtypes and bytes."""
     digest = hashlib.sha256()
@@ -340,29 +384,15 @@ def _fingerprint(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _locate(pretrained: str | os.PathLike, revision: str | None, token: str | bool | None) -> tuple[Path, Path]:
-    folder = Path(pretrained)
-    if folder.is_dir():
-        for name in (BELIEF_WEIGHTS, BELIEF_CONFIG):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder} has no {name}; was the adapter trained with kalman_peft?")
-        return folder / BELIEF_WEIGHTS, folder / BELIEF_CONFIG
-    if folder.is_absolute() or str(pretrained).startswith("."):
-        raise FileNotFoundError(f"{folder} is no folder.")
-    from huggingface_hub import hf_hub_download
-
-    paths = (
-        hf_hub_download(str(pretrained), n, revision=revision, token=token) for n in (BELIEF_WEIGHTS, BELIEF_CONFIG)
-    )
-    weights, config = map(Path, paths)
-    return weights, config
-
-
 def write_atomically(path: Path, write: Any) -> None:
     """Write beside `path`, then replace it: a reader or a crash sees the old file or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{world()[0]}.tmp")
     try:
+        temporary.touch()
+        mode = stat.S_IMODE(temporary.stat().st_mode)
         write(temporary)
+        if stat.S_IMODE(temporary.stat().st_mode) != mode:  # safetensors writes for the owner only, whatever the umask
+            temporary.chmod(mode)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import warnings
 from contextlib import nullcontext
 from dataclasses import fields
@@ -9,17 +10,18 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import HubStrategy, get_last_checkpoint
 from transformers.utils import logging
 
 from .adapters import AdapterState
-from .belief import BELIEF_CONFIG, Belief, write_atomically
+from .belief import BELIEF_CONFIG, BELIEF_WEIGHTS, Belief, write_atomically
 from .callbacks import LaplaceCallback
 from .config import KalmanArguments
 from .curvature import estimate_curvature
 from .distributed import broadcast_
 from .evidence import maximise_evidence
 from .laplace import ForgettingBudget, schedule_factor
+from .lineage import LINEAGE, join_lineages
 from .loko import LoKO
 from .losses import mean_loss_gradient
 from .observations import IGNORE_INDEX, Observation, infer_observation
@@ -164,6 +166,7 @@ class BeliefMixin(SourceMixin):
         if settings:
             info["source"] = settings
         belief = Belief.fit(self.model, *self._as_sources(data), **self._curvature_options(), seed=args.seed)
+        info[LINEAGE] = self._fit_lineage(belief.info)
         self.belief = Belief(belief.mean, belief.precision, belief.info | info, source)
 
     def _as_sources(self, data: dict[str, Any]) -> tuple[Any, ...]:
@@ -222,6 +225,7 @@ class BeliefMixin(SourceMixin):
             seed=self.args.seed + step,
         )
         info = self.belief.info | {"curvature": record | {"step": step}}
+        info[LINEAGE] = join_lineages(self.belief.info, self._fit_lineage(info))  # a belief that was given has its own
         self.belief = Belief(self.belief.mean, precision, info, self.belief.source)
         self._install_belief()
 
@@ -322,6 +326,17 @@ class BeliefMixin(SourceMixin):
                 "source_losses_start": self._losses_start,
             }
             write_atomically(folder / STATE_FILE, lambda p: p.write_text(json.dumps(state, indent=2) + "\n"))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """The Trainer copies files that it knows from the checkpoint and uploads them; the belief goes with them."""
+        args, earlier = self.args, self.push_in_progress
+        if not args.hub_always_push and earlier is not None and not earlier.is_done():
+            return  # as the Trainer does: what is being uploaded must not be replaced
+        if self.is_world_process_zero() and args.hub_strategy != HubStrategy.END and self.belief is not None:
+            for name in (BELIEF_WEIGHTS, BELIEF_CONFIG, STATE_FILE):
+                source = Path(checkpoint_folder, name)
+                write_atomically(Path(args.output_dir, name), lambda p, source=source: shutil.copy(source, p))
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def _restore(self, state: dict[str, Any]) -> None:
         start = state["source_losses_start"]

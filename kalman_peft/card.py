@@ -4,6 +4,8 @@ import json
 from importlib.resources import files
 from typing import Any
 
+from .lineage import LINEAGE
+
 
 def write_model_card(
     trainer: Any, path: str, *args: Any, results: str | None = None, tags: Any = None, **kwargs: Any
@@ -53,6 +55,7 @@ def write_model_card(
         steps=trainer.state.global_step,
         curvature=belief.info.get("curvature") if belief is not None else None,
         warm_start=belief.info.get("warm_start") if belief is not None else None,
+        lineage=belief.info.get(LINEAGE, []) if belief is not None else [],
         written=belief is not None and bool(belief.source),
         refit=arguments.laplace_refit_steps,
         strength=trainer.laplace_strength,

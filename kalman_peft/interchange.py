@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .adapters import AdapterState
-from .belief import Belief, BeliefError, describe, write_atomically
+from .belief import Belief, BeliefError, write_atomically
+from .lineage import describe
 from .precision import DiagonalPrecision, EigenFactor
 
 

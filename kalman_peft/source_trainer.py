@@ -6,6 +6,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
+from .lineage import fit_lineage
 from .losses import mean_loss
 from .self_source import Row, refuse_other_tasks, rows_from_tensors, sample_source, tensors_from_rows
 from .sources import Sources, split_sources
@@ -117,6 +118,12 @@ class SourceMixin(_TrainerBase):
     def _fit_data(self) -> dict[str, DataLoader]:
         assert self._sources is not None
         return {name: self._loader(dataset) for name, dataset in self._sources.fit.items()}
+
+    def _fit_lineage(self, info: dict[str, Any]) -> list[dict[str, Any]]:
+        """What a belief with this info was fitted on, see [`fit_lineage`]."""
+        assert self._sources is not None
+        fit = {SELF if self._writes_source else name: dataset for name, dataset in self._sources.fit.items()}
+        return fit_lineage(info, fit)
 
     def _measure_source(self) -> None:
         """Loss on the held-out part of every source."""

@@ -178,18 +178,15 @@ def test_a_failed_save_leaves_the_old_files(tmp_path):
     assert len(os.listdir(tmp_path)) == 2
 
 
-def test_hub_download_is_asked_for_both_files(tmp_path, monkeypatch):
+def test_files_have_the_mode_of_the_umask(tmp_path):
     _, belief = fitted()
-    belief.save_pretrained(tmp_path)
-    asked = []
-
-    def fake(repo, name, revision=None, token=None):
-        asked.append((repo, name, revision))
-        return str(tmp_path / name)
-
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", fake)
-    Belief.from_pretrained("someone/adapter", revision="v1")
-    assert asked == [("someone/adapter", n, "v1") for n in ("belief.safetensors", "belief_config.json")]
+    for umask, mode in ((0o027, 0o640), (0o022, 0o644), (0o077, 0o600)):
+        before = os.umask(umask)
+        try:
+            belief.save_pretrained(tmp_path)
+        finally:
+            os.umask(before)
+        assert {p.stat().st_mode & 0o777 for p in tmp_path.iterdir()} == {mode}
 
 
 def test_raises_when_layers_are_left_out_of_the_precision(tmp_path):

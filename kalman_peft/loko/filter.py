@@ -12,7 +12,7 @@ from .evaluating import Average, drawn_weights
 from .memories import create_memories
 from .noise import check_patterns
 from .options import check
-from .prior import belief_of
+from .prior import BeliefPrior, belief_of
 from .settling import draw_variances, set_priors
 from .state import check_group, create_extras, entries, load_group, load_tensors
 
@@ -50,6 +50,7 @@ class GaussianFilter(torch.optim.Optimizer):
         self._views = [memory.view for memory in self._memories]
         self._extras = create_extras(group, self._memories)
         self._average = Average(group, self._views, self._extras)
+        self._prior = BeliefPrior(group, self._memories)
         self._drawn = False  # whether the weights are a draw at present
         check_patterns(group["process_noise"], [name for view in self._views for name in view.names])
         if group["mode"] == "paper":
@@ -75,7 +76,7 @@ class GaussianFilter(torch.optim.Optimizer):
         """
         if self._drawn:
             raise RuntimeError("LoKO.belief() inside sample(), where the weights are drawn ones.")
-        return belief_of(self.param_groups[0], self._memories, model)
+        return belief_of(self.param_groups[0], self._memories, self._prior, model)
 
     def eval(self) -> None:
         """Put the averaged weights in place (with `averaging=True`), and refuse to step until `train`."""

@@ -266,7 +266,8 @@ class Harvest:
         count, loss, sequences, squares, broken, failed, own, damped = sums.tolist()  # the one wait for the device
         if failed:
             raise_together(self._failure)
-        return Evidence(plan, scores, columns, count, loss, sequences, squares, broken, own / damped if damped else 1.0)
+        undamped = own / damped if damped else 1.0
+        return Evidence(plan, scores, columns, count, loss, sequences, squares, broken, undamped)
 
     def _drawn(self, number: int) -> list[Tensor]:
         # Independent draws of mean zero: the square of their sum has the summed information as its expectation.

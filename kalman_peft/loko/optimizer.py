@@ -22,7 +22,6 @@ from .idle import warn_at_start
 from .intake import Intake
 from .options import LoKOOptions, check
 from .planning import draws_columns, is_joint
-from .prior import BeliefPrior
 from .update import KalmanUpdate
 
 
@@ -99,7 +98,6 @@ class LoKO(GaussianFilter):
         self.observation = GaussianObservation() if estimate_noise else observation
         self.estimates_noise = estimate_noise
         group = self.param_groups[0]
-        self._prior = BeliefPrior(group, self._memories)
         in_nats = isinstance(self.observation, LikelihoodObservation)
         self._update = KalmanUpdate(group, self._memories, self._prior, in_nats)
         self._intake = Intake(

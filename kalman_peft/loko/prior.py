@@ -46,11 +46,14 @@ class BeliefPrior:
     Args:
         group (`dict[str, Any]`): Options and progress of the filter.
         memories (`list[Memory]`): Of the filter.
+
+    Attributes:
+        belief (`Belief`, *optional*): Once `set`.
     """
 
     def __init__(self, group: dict[str, Any], memories: list[Memory]):
         self._group, self._memories = group, memories
-        self._belief: Belief | None = None
+        self.belief: Belief | None = None
         self.mode = "factor"
         self.strength = 0.0
         self._num_labels: float | None = None
@@ -67,7 +70,7 @@ class BeliefPrior:
             check(mode == "prior", "The filter's precision holds a belief already; another would count it twice")
         if mode == "prior":
             self._check_prior(belief, num_labels)
-        self._belief, self.strength, self.mode, self._num_labels = belief, strength, mode, num_labels
+        self.belief, self.strength, self.mode, self._num_labels = belief, strength, mode, num_labels
 
     def _check_prior(self, belief: "Belief", num_labels: float | None) -> None:
         group = self._group
@@ -103,7 +106,7 @@ class BeliefPrior:
     @property
     def adds_information(self) -> bool:
         """Whether a step to come adds to the filter's precision."""
-        if self._belief is None or self.mode == "penalty":
+        if self.belief is None or self.mode == "penalty":
             return False
         return not self._group["belief_counted"] if self.mode == "prior" else self.strength > 0
 
@@ -113,9 +116,7 @@ class BeliefPrior:
         Raises:
             ValueError: There is no belief, or it was counted as a whole at the start.
         """
-        check(
-            self._belief is not None, "There is no belief whose strength could be set; call set_belief(belief) first"
-        )
+        check(self.belief is not None, "There is no belief whose strength could be set; call set_belief(belief) first")
         if self.mode == "prior" and value != self.strength:
             raise ValueError("With mode='prior' the belief is counted once, at the start; its strength cannot change.")
         self.strength = value
@@ -123,13 +124,13 @@ class BeliefPrior:
     def count_once(self) -> None:
         """With mode "prior": add the belief to the settled prior, if that has not been done."""
         group = self._group
-        if self._belief is None or self.mode != "prior" or group["belief_counted"]:
+        if self.belief is None or self.mode != "prior" or group["belief_counted"]:
             return
         assert self._num_labels is not None
-        self._check_start(self._belief)  # not in `set`: a run that is resumed has other weights, and counts it no more
+        self._check_start(self.belief)  # not in `set`: a run that is resumed has other weights, and counts it no more
         weight = self.strength * self._num_labels * group["tempering"]
-        precision = self._belief.precision
-        own = self._belief.mean.keys()
+        precision = self.belief.precision
+        own = self.belief.mean.keys()
         kept = [m.absorb(precision, weight) for m in self._memories if own & set(m.view.names)]
         if not all(kept):
             logger.info(
@@ -140,14 +141,14 @@ class BeliefPrior:
 
     def pull(self, weight: float) -> Pull | None:
         """The belief's share for `weight` labels."""
-        if self._belief is None or self.mode == "prior" or self.strength == 0:
+        if self.belief is None or self.mode == "prior" or self.strength == 0:
             return None
         state = dict(self._named_parameters())
-        energy, gradient = self._belief.energy_and_gradient(state)
+        energy, gradient = self.belief.energy_and_gradient(state)
         weight *= self.strength
         information = None
         if self.mode == "factor":
-            information = self._gather(self._belief.precision.diagonal(state), weight)
+            information = self._gather(self.belief.precision.diagonal(state), weight)
         return Pull(self._gather(gradient, weight), information, energy)
 
     def _named_parameters(self) -> list[tuple[str, Tensor]]:
@@ -157,10 +158,11 @@ class BeliefPrior:
         return [m.view.gather([found.get(name) for name in m.view.names]).mul_(weight) for m in self._memories]
 
 
-def belief_of(group: dict[str, Any], memories: list[Memory], model: Any) -> "Belief":
+def belief_of(group: dict[str, Any], memories: list[Memory], prior: "BeliefPrior", model: Any) -> "Belief":
     """See [`LoKO.belief`]."""
     from ..adapters import AdapterState
-    from ..belief import Belief, describe
+    from ..belief import Belief
+    from ..lineage import LINEAGE, describe, join_lineages
 
     if not group["settled"] or group["tokens"] <= 0:
         raise ValueError("The filter has observed nothing yet; there is no belief to give.")
@@ -168,4 +170,7 @@ def belief_of(group: dict[str, Any], memories: list[Memory], model: Any) -> "Bel
     labels = group["tokens"] * group["tempering"]
     precision = export(memories, list(state.parameters())).scale(1 / labels)
     record = {"structure": precision.structure, "space": "adapter", "memory": group["memory"], "num_tokens": labels}
-    return Belief(state.snapshot(), precision, {"adapter": describe(state), "filter": record, "num_labels": labels})
+    info = {"adapter": describe(state), "filter": record, "num_labels": labels}
+    given = prior.belief
+    past = join_lineages(given.info if given is not None else [])  # what was learned since has no name here
+    return Belief(state.snapshot(), precision, info | ({LINEAGE: past} if past else {}))

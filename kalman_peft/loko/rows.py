@@ -5,8 +5,9 @@ With the residual e of a row, its covariance H, a damping epsilon and a weight w
   confidently wrong;
 - form "softmax": what observing the probabilities with noise H + epsilon I says, the score -w H (H + epsilon I)^-1 e
   and the information w H (H + epsilon I)^-1 H, which bounds the score instead.
-Classes are told apart by differences of logits only: there I stands for I - 1 1^T / V. Both are the extended Kalman filter's at epsilon = 0. The weight is 1, or with an outlier threshold c that of the
-weighted-likelihood filter, 1 / (1 + e^T (H + epsilon I)^-1 e / c^2) (Duran-Martin et al., 2024, arXiv:2405.05646).
+Classes are told apart by differences of logits only: there I stands for I - 1 1^T / V. Both are the extended Kalman
+filter's at epsilon = 0. The weight is 1, or with an outlier threshold c that of the weighted-likelihood filter,
+1 / (1 + e^T (H + epsilon I)^-1 e / c^2) (Duran-Martin et al., 2024, arXiv:2405.05646).
 """
 
 from collections.abc import Iterator

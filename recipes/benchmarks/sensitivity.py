@@ -98,7 +98,7 @@ TEXT_KNOBS = {
     "adaptive_noise": Knob(0.99, "complement", off=True),
     "forgetting": Knob(0.99, "complement", off=True),
     "process_noise": Knob(1e-5, off=True),
-    "damping": Knob(0.05, off=True),
+    "damping": Knob(0.1),
     "outlier_threshold": Knob(4.0, off=True),
     "first_draws": Knob(6, "int", base="curvature_every=4"),
     # At rank 2 all matrices have 768 weights in MiniLM: below the default in blocks, below a smaller limit not.
