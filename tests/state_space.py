@@ -60,7 +60,9 @@ class Chain:
         """Mean and covariance of every node given all observations."""
         n = len(self.means)
         mean = torch.cat(self.means)
-        h = torch.cat([torch.cat([m if j == node else torch.zeros_like(m) for j in range(n)], 1) for node, m in self.rows])
+        h = torch.cat(
+            [torch.cat([m if j == node else torch.zeros_like(m) for j in range(n)], 1) for node, m in self.rows]
+        )
         gain = torch.linalg.solve(h @ self.covariance @ h.T + torch.eye(len(h), dtype=F64), h @ self.covariance).T
         mean = mean + gain @ (torch.cat(self.values) - h @ mean)
         covariance = self.covariance - gain @ h @ self.covariance
@@ -75,7 +77,9 @@ def curvature(structure, seed, rank=3, scale=1.0):
         return DiagonalPrecision({k: v.clone() for k, v in LAYOUT.unflatten(entries).items()})
     columns = math.sqrt(scale) * rand(D, rank, seed=seed)
     if structure == "low_rank":
-        return LowRankPrecision(0.1 * scale * rand(D, seed=seed + 1).square() * (rand(D, seed=seed) > 0), columns, SHAPES)
+        return LowRankPrecision(
+            0.1 * scale * rand(D, seed=seed + 1).square() * (rand(D, seed=seed) > 0), columns, SHAPES
+        )
     if structure == "dense":
         return DensePrecision(columns @ columns.T, SHAPES)
     sides = {n: EigenFactor.from_dense(spd(n)) for n in (2, 3, 4)}
@@ -83,7 +87,9 @@ def curvature(structure, seed, rank=3, scale=1.0):
     cells = {}
     for j, (key, (rows, cols)) in enumerate(SHAPES.items()):
         cells[key] = torch.zeros(rows + 1, cols + 1, dtype=F64)
-        cells[key][:rows, :cols] = scale * rand(rows, cols, seed=seed + j).square() * (rand(rows, cols, seed=seed) > -0.5)
+        cells[key][:rows, :cols] = (
+            scale * rand(rows, cols, seed=seed + j).square() * (rand(rows, cols, seed=seed) > -0.5)
+        )
     return EigenKroneckerPrecision(blocks, cells)
 
 

@@ -3,12 +3,12 @@
 import pytest
 import torch
 from state_space import (
-    D,
     F64,
     LAYOUT,
     SHAPES,
     STRUCTURES,
     Chain,
+    D,
     check,
     curvature,
     rand,
@@ -137,9 +137,7 @@ def test_interpolation_meets_the_smoothed_beliefs(structure):
         torch.testing.assert_close(at.precision.to_dense(), belief.precision.to_dense(), rtol=1e-10, atol=1e-10)
     for t, side in ((1, 1e-10), (1, -1e-10), (3, -1e-10)):
         near = interpolate(records, t + side, start=prior.mean)
-        torch.testing.assert_close(
-            LAYOUT.flatten(near.mean), LAYOUT.flatten(smoothed[t].mean), rtol=1e-6, atol=1e-6
-        )
+        torch.testing.assert_close(LAYOUT.flatten(near.mean), LAYOUT.flatten(smoothed[t].mean), rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(near.precision.to_dense(), smoothed[t].precision.to_dense(), rtol=1e-5, atol=1e-5)
 
 
@@ -154,7 +152,7 @@ def test_after_the_last_task_the_state_is_predicted(structure):
 
 
 def test_no_noise_is_the_identity(structure):
-    records, _, _, prior = run(structure, [Transition()] * 2)
+    records, _, _, _ = run(structure, [Transition()] * 2)
     belief = records[-1].belief
     for transition in (Transition(), Transition({"lora_A": 0.0}), Transition(0.5).part(0)):
         again = predict(belief, transition)

@@ -1,12 +1,24 @@
 """Structures of the filter's state: what each holds exactly, what compression does, what is refused."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from conftest import make_batch, make_lora_llama
-from state_space import D, F64, LAYOUT, SHAPES, STRUCTURES, curvature, rand, run, spd, start_state
+from state_space import F64, LAYOUT, SHAPES, STRUCTURES, D, curvature, rand, run, spd, start_state
 
-from kalman_peft import AdapterState, Belief, BeliefError, Transition, compress, estimate_curvature, initial_belief
-from kalman_peft import predict, smooth, update
+from kalman_peft import (
+    AdapterState,
+    Belief,
+    BeliefError,
+    Transition,
+    compress,
+    estimate_curvature,
+    initial_belief,
+    predict,
+    smooth,
+    update,
+)
 from kalman_peft.filtering import absolute, belief_figures, increment_of, transition_figures
 from kalman_peft.filtering.algebra import add, constant, variances
 from kalman_peft.precision import EigenFactor, EigenKroneckerPrecision, KroneckerBlocks, KroneckerPrecision
@@ -61,7 +73,9 @@ def test_kronecker_curvature_is_added_to_the_prior_exactly(rank):
     torch.testing.assert_close(updated.precision.to_dense(), expected)
     predicted = predict(updated, Transition({"lora_A": 0.1, "lora_B": 0.7}))
     noise = LAYOUT.flatten({k: torch.full(s, 0.1 if "lora_A" in k else 0.7, dtype=F64) for k, s in SHAPES.items()})
-    torch.testing.assert_close(predicted.precision.to_dense(), torch.linalg.inv(torch.linalg.inv(expected) + noise.diag()))
+    torch.testing.assert_close(
+        predicted.precision.to_dense(), torch.linalg.inv(torch.linalg.inv(expected) + noise.diag())
+    )
 
 
 @pytest.mark.parametrize("rank", [None, 1, 2])
@@ -138,8 +152,8 @@ def test_compression_keeps_the_diagonal_or_only_shrinks():
 @pytest.mark.parametrize("keep", [True, False])
 def test_long_sequences_stay_bounded_and_settle(keep):
     step = Transition(0.1)
-    records, _, nodes, _ = run("low_rank", [step] * 25, rank=4, keep_discarded=keep)
-    exact, chain, _, _ = run("dense", [step] * 25, curvatures=[curvature("low_rank", 10 * t + 20) for t in range(25)])
+    records, _, _, _ = run("low_rank", [step] * 25, rank=4, keep_discarded=keep)
+    exact, _, _, _ = run("dense", [step] * 25, curvatures=[curvature("low_rank", 10 * t + 20) for t in range(25)])
     traces = []
     for record, reference in zip(records, exact, strict=True):
         precision = record.belief.precision
@@ -160,7 +174,7 @@ def test_long_sequences_stay_bounded_and_settle(keep):
 def test_without_noise_precision_grows_with_every_task():
     records, _, _, _ = run("low_rank", [Transition()] * 6, rank=4)
     traces = [belief_figures(r.belief)["covariance_trace"] for r in records]
-    assert all(b < a for a, b in zip(traces, traces[1:], strict=False))
+    assert all(b < a for a, b in pairwise(traces))
 
 
 @pytest.mark.parametrize("rank", [0, 3])
@@ -168,7 +182,7 @@ def test_one_update_keeps_the_exact_diagonal(rank):
     belief = initial_belief(start_state(), 0.5, "low_rank", dtype=F64)
     task = curvature("low_rank", 4, rank=6)
     updated = update(belief, belief.mean, task, 20, rank=rank)
-    expected = (0.5 + 20 * task.to_dense().diagonal())
+    expected = 0.5 + 20 * task.to_dense().diagonal()
     torch.testing.assert_close(updated.precision.to_dense().diagonal(), expected)
 
 
@@ -197,7 +211,10 @@ def test_diagonal_curvature_joins_a_low_rank_state():
 # -- with a model --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("structure", "fitted"), [("diagonal", "diagonal"), ("low_rank", "low_rank"), ("ekfac", "kronecker"), ("ekfac", "ekfac")])
+@pytest.mark.parametrize(
+    ("structure", "fitted"),
+    [("diagonal", "diagonal"), ("low_rank", "low_rank"), ("ekfac", "kronecker"), ("ekfac", "ekfac")],
+)
 def test_curvature_of_a_model_updates_its_belief(structure, fitted):
     model = make_lora_llama(torch.float32)
     belief = initial_belief(model, 1.0, structure)

@@ -62,7 +62,7 @@ def test_a_part_of_several_steps():
 @pytest.mark.parametrize("bad", [-1e-9, math.nan, math.inf])
 @pytest.mark.parametrize("wrap", [lambda q: q, lambda q: {"lora_A": q}, lambda q: {A0: torch.tensor([[q]])}])
 def test_raises_when_noise_is_no_variance(bad, wrap):
-    with pytest.raises(ValueError, match="process_noise.* must be >= 0 and finite"):
+    with pytest.raises(ValueError, match=r"process_noise.* must be >= 0 and finite"):
         Transition(wrap(bad))
 
 
@@ -73,7 +73,7 @@ def test_raises_when_decay_is_no_share(decay):
 
 
 def test_raises_when_a_pattern_matches_nothing_or_is_none():
-    with pytest.raises(ValueError, match="no adapter key matches.*layer99"):
+    with pytest.raises(ValueError, match=r"no adapter key matches.*layer99"):
         noise({"layer99": 1.0, "lora_A": 2.0})
     with pytest.raises(ValueError, match="no regular expression"):
         Transition({"(": 1.0})

@@ -156,11 +156,14 @@ def compress_precision(precision: Precision, rank: int, keep_discarded: bool = T
     """
     if not isinstance(precision, LowRankPrecision):
         raise ValueError(
-            f"rank= is for structure 'low_rank'; a {precision.structure} precision has no columns to cut. Leave it out."
+            f"rank= is for structure 'low_rank'; a {precision.structure} precision has no columns to cut. "
+            "Leave it out."
         )
     if rank < 0:
         raise ValueError(f"rank must be >= 0, got {rank}.")
-    return LowRankPrecision.compress(precision.entries, precision.columns, precision.layout.shapes, rank, keep_discarded)
+    return LowRankPrecision.compress(
+        precision.entries, precision.columns, precision.layout.shapes, rank, keep_discarded
+    )
 
 
 def convert(curvature: Precision, structure: str) -> Precision:
@@ -192,8 +195,8 @@ def convert(curvature: Precision, structure: str) -> Precision:
         return DensePrecision(curvature.to_dense(), shapes)
     remedy = {"ekfac": "kronecker' or 'ekfac", "low_rank": "low_rank' or 'diagonal"}.get(structure, structure)
     raise BeliefError(
-        f"A curvature of structure {curvature.structure!r} cannot be added to a state of structure {structure!r} as it "
-        f"is; estimate it with structure='{remedy}', or start the filter in another structure."
+        f"A curvature of structure {curvature.structure!r} cannot be added to a state of structure {structure!r} as "
+        f"it is; estimate it with structure='{remedy}', or start the filter in another structure."
     )
 
 

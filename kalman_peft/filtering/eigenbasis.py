@@ -1,8 +1,8 @@
 """Sums of precisions that are diagonal in Kronecker eigenbases: the state of a filter with structure "ekfac".
 
-An open question of Low-Rank Filtering and Smoothing (arXiv:2410.06800) is Kronecker structure. With the eigenvalues E of
-a block held cell by cell, prediction under noise that is isotropic within a matrix is E / (1 + q E) in the same basis,
-and the prior delta * I is a constant in every basis. What has no exact form is a sum over two bases.
+An open question of Low-Rank Filtering and Smoothing (arXiv:2410.06800) is Kronecker structure. With the eigenvalues E
+of a block held cell by cell, prediction under noise that is isotropic within a matrix is E / (1 + q E) in the same
+basis, and the prior delta * I is a constant in every basis. What has no exact form is a sum over two bases.
 """
 
 import torch

@@ -34,7 +34,7 @@ def noise_from_gradients(
         `dict[str, float]`: Variances by adapter key, as [`Transition`] takes them.
 
     Raises:
-        BeliefError: No state of a filter, one that has seen no labels (pass num_labels), or gradients of other weights.
+        BeliefError: No state of a filter, one that has seen no labels (pass num_labels), or other weights' gradients.
     """
     check_state(belief)
     count = belief.info[INFO]["num_labels"] if num_labels is None else num_labels

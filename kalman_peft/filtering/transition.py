@@ -112,7 +112,9 @@ class Transition:
         if self.decay == 1:
             return dict(mean)
         if start is None:
-            raise ValueError(f"decay={self.decay} drifts towards the start: pass start=, the mean of initial_belief().")
+            raise ValueError(
+                f"decay={self.decay} drifts towards the start: pass start=, the mean of initial_belief()."
+            )
         if {k: m.shape for k, m in start.items()} != {k: m.shape for k, m in mean.items()}:
             raise ValueError("`start` has other keys or shapes than the belief's mean; pass initial_belief().mean.")
         return {key: start[key].to(m) + self.decay * (m - start[key].to(m)) for key, m in mean.items()}

@@ -291,8 +291,8 @@ def noise_by_block(process_noise: float | Mapping[str, float | Tensor], names: I
         value = torch.as_tensor(given[name], dtype=torch.float64, device="cpu")
         if value.numel() > 1 and value.min() != value.max():
             raise ValueError(
-                f"process_noise differs within {name}: a Kronecker eigenbasis is kept only by one variance per matrix. "
-                "Give one number for it, or use structure='low_rank' or 'diagonal'."
+                f"process_noise differs within {name}: a Kronecker eigenbasis is kept only by one variance per "
+                "matrix. Give one number for it, or use structure='low_rank' or 'diagonal'."
             )
         found[name] = float(value.reshape(-1)[0])
         check_noise(found[name])

@@ -200,9 +200,7 @@ def _energies(factor: EigenFactor, x: Tensor) -> Tensor:
     return torch.cat([inside, (x.square().sum(0, keepdim=True) - inside.sum(0, keepdim=True)).clamp(min=0)])
 
 
-def turn_cells(
-    old: tuple[EigenFactor, EigenFactor], cells: Tensor, new: tuple[EigenFactor, EigenFactor]
-) -> Tensor:
+def turn_cells(old: tuple[EigenFactor, EigenFactor], cells: Tensor, new: tuple[EigenFactor, EigenFactor]) -> Tensor:
     """Mean diagonal of a block in another basis, cell by cell."""
     return _overlap(old[0], new[0]) @ cells @ _overlap(old[1], new[1]).mT
 
