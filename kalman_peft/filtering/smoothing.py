@@ -7,7 +7,7 @@ structure. In a linear-Gaussian model both are the marginals of the joint poster
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -56,19 +56,19 @@ def smooth(
         ValueError: decay < 1 without a start.
     """
     _check(records)
-    means = smooth_means(records, start=start)
     if not covariance:
+        means = smooth_means(records, start=start)
         return [_smoothed(r.belief, m, r.belief.precision, "filtered") for r, m in zip(records, means, strict=True)]
     rank = _rank(records) if rank is None else rank
-    futures = _futures(records, rank, keep_discarded)
-    result = []
-    for t, (record, mean) in enumerate(zip(records, means, strict=True)):
-        precision = record.belief.precision
-        back = _back(futures[t + 1], records[t + 1].transition) if t + 1 < len(records) else None
+    mean, result = dict(records[-1].belief.mean), []
+    for t, _, back in _backwards(records, rank, keep_discarded):
+        belief, precision = records[t].belief, records[t].belief.precision
+        if t + 1 < len(records):
+            mean = _step_back(belief, records[t + 1].transition, mean, start)
         if back is not None:
             precision = add(precision, back, rank, keep_discarded)
-        result.append(_smoothed(record.belief, mean, precision, "smoothed"))
-    return result
+        result.append(_smoothed(belief, mean, precision, "smoothed"))
+    return result[::-1]
 
 
 def smooth_means(records: Sequence[TaskRecord], *, start: Start = None) -> list[dict[str, Tensor]]:
@@ -134,7 +134,8 @@ def interpolate(
     before, after = step.part(position - t), step.part(1 - (position - t))
     here = predict(records[t].belief, before, start)
     mean = _step_back(here, after, smooth_means(records[t + 1 :], start=start)[0], start)
-    back = _back(_futures(records[t:], rank, keep_discarded)[1], after)
+    future = next(j for place, j, _ in _backwards(records[t:], rank, keep_discarded) if place == 0)
+    back = None if future is None else _back(future, after)
     precision = here.precision if back is None else add(here.precision, back, rank, keep_discarded)
     return _smoothed(here, mean, precision, "smoothed")
 
@@ -155,18 +156,26 @@ def _step_back(belief: Belief, transition: Transition, smoothed: Mapping[str, Te
     return {k: m + gained[k].to(m) for k, m in belief.mean.items()}
 
 
-def _futures(records: Sequence[TaskRecord], rank: int | None, keep_discarded: bool) -> list[Precision | None]:
-    """J_t for every task but the first: information of the data of tasks t and later on theta_t."""
-    futures: list[Precision | None] = [None] * len(records)
-    for t in range(len(records) - 1, 0, -1):
-        information = _information(records[t - 1], records[t])
-        back = _back(futures[t + 1], records[t + 1].transition) if t + 1 < len(records) else None
-        futures[t] = information if back is None else add(information, back, rank, keep_discarded)
-    return futures
+def _backwards(
+    records: Sequence[TaskRecord], rank: int | None, keep_discarded: bool
+) -> Iterator[tuple[int, Precision | None, Precision | None]]:
+    """Walk backwards over the tasks t, with one J in memory at a time.
+
+    Yields:
+        tuple: t; J_t+1, the information on theta_t+1 of the data of tasks t+1 and later; and what that says of
+        theta_t. Neither for the last task.
+    """
+    future: Precision | None = None
+    for t in range(len(records) - 1, -1, -1):
+        back = None if future is None else _back(future, records[t + 1].transition)
+        yield t, future, back
+        if t > 0:
+            information = _information(records[t - 1], records[t])
+            future = information if back is None else add(information, back, rank, keep_discarded)
 
 
-def _back(future: Precision | None, transition: Transition) -> Precision | None:
-    assert future is not None
+def _back(future: Precision, transition: Transition) -> Precision | None:
+    """What J on the state after a step says of the state before it."""
     return diffuse_back(future, transition.noise(future.coordinates(), future.like), transition.decay)
 
 
