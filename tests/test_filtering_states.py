@@ -13,6 +13,7 @@ from kalman_peft import (
     BeliefError,
     Transition,
     compress,
+    create_loko_optimizer,
     estimate_curvature,
     initial_belief,
     predict,
@@ -171,6 +172,27 @@ def test_long_sequences_stay_bounded_and_settle(keep):
     assert max(with_less[15:]) < 2 * min(with_less[15:])  # no creeping overconfidence
 
 
+@pytest.mark.parametrize("structure", ["diagonal", "ekfac"])
+def test_long_sequences_in_other_structures(structure):
+    tasks = [curvature("diagonal", 10 * t) if structure == "diagonal" else kronecker(10 * t, 2) for t in range(25)]
+    most = max(float(torch.linalg.eigvalsh(20 * t.to_dense()).max()) for t in tasks)
+
+    def learn(noise):
+        belief, traces, held = initial_belief(start_state(), 0.5, structure, dtype=F64), [], []
+        for task in tasks:
+            belief = update(predict(belief, Transition(noise)), belief.mean, task, 20)
+            figures = belief_figures(belief)
+            traces.append(figures["covariance_trace"])
+            held.append(sum(t.numel() for t in belief.precision.tensors().values()))
+            if noise:  # whatever the data say: what noise and one task leave
+                assert figures["least_variance"] >= noise / (1 + noise * most) * (1 - 1e-9)
+        assert max(held[1:]) == held[1]
+        return sum(traces[-5:]) / sum(traces[5:10])
+
+    assert 0.5 < learn(0.1) < 2
+    assert learn(0.0) < 0.5
+
+
 def test_without_noise_precision_grows_with_every_task():
     records, _, _, _ = run("low_rank", [Transition()] * 6, rank=4)
     traces = [belief_figures(r.belief)["covariance_trace"] for r in records]
@@ -224,6 +246,30 @@ def test_curvature_of_a_model_updates_its_belief(structure, fitted):
     torch.testing.assert_close(updated.precision.to_dense(), expected, rtol=1e-3, atol=1e-4)
     assert updated.info["filtering"] == {"kind": "filtered", "num_labels": 9.0, "tasks": 1}
     updated.check(model)
+
+
+@pytest.mark.parametrize(
+    ("memory", "structure"), [("kronecker", "ekfac"), ("diagonal", "diagonal"), ("low_rank", "low_rank")]
+)
+def test_the_belief_of_a_loko_optimizer_is_carried_over(memory, structure):
+    model = make_lora_llama()
+    optimizer = create_loko_optimizer(model, memory=memory)
+    for seed in range(3):
+        batch = make_batch(seed=seed)
+        labels = batch.pop("labels")
+        optimizer.observe(model(**batch).logits, labels)
+        optimizer.step()
+    belief = optimizer.belief(model)
+    state = absolute(belief)
+    assert state.precision.structure == structure and state.info["filtering"]["num_labels"] == 27
+    torch.testing.assert_close(state.precision.to_dense(), 27 * belief.precision.to_dense())
+    predicted = predict(state, Transition(1e-3))
+    assert 0 < transition_figures(state, predicted)["stability"] < 1
+    task, _ = estimate_curvature(model, [make_batch()], structure={"ekfac": "kronecker"}.get(structure, structure),
+                                 space="adapter", progress_bar=False)  # fmt: skip
+    updated = update(predicted, AdapterState(model).tensors(), task, 9)
+    expected = predicted.precision.to_dense().trace() + 9 * task.to_dense().trace()
+    torch.testing.assert_close(updated.precision.to_dense().trace().double(), expected.double(), rtol=1e-4, atol=0)
 
 
 def test_figures():

@@ -135,7 +135,7 @@ class LowRankPrecision(AdapterPrecision):
         kept = columns @ mixing[:, mixing.shape[1] - rank :].to(columns)
         if not keep_discarded:
             return cls(entries, kept, shapes)
-        dropped = columns.square().sum(1) - kept.square().sum(1)
+        dropped = torch.einsum("dk,dk->d", columns, columns) - torch.einsum("dk,dk->d", kept, kept)
         return cls(entries + dropped.clamp(min=0), kept, shapes)
 
     def diagonal(self, state: State) -> dict[str, Tensor]:
