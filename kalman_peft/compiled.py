@@ -1,12 +1,17 @@
-"""Two backward passes through one compiled graph."""
+"""Compiled models: two backward passes through one graph, and no hooks."""
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch.compiler.config
 from torch._functorch import config as _aot_config
 
+from .observations import Observation
+
+
+logger = logging.getLogger(__name__)
 
 aot_config: Any = _aot_config  # `patch` is put there at run time
 compiler_config: Any = torch.compiler.config
@@ -24,3 +29,29 @@ def keep_saved_tensors() -> Iterator[None]:
     """
     with aot_config.patch(donated_buffer=False), compiler_config.patch(cache_key_tag="kalman_peft"):
         yield
+
+
+def whole_batch_columns(options: Mapping[str, Any], observation: Observation) -> dict[str, Any]:
+    """Options of LoKO for a compiled model, which leaves out the hooks that read scores of single sequences.
+
+    Args:
+        options (`Mapping[str, Any]`): See [`LoKOOptions`].
+        observation (`Observation`): What will be observed.
+
+    Returns:
+        `dict[str, Any]`: What takes the place of some of them.
+
+    Raises:
+        ValueError: An option asks for columns of single sequences.
+    """
+    asks = {"mode": ("paper",), "columns": ("exact", "empirical"), "per_sequence": (True,)}
+    found = [name for name, values in asks.items() if options.get(name) in values]
+    found += ["top_k"] if options.get("top_k") is not None else []
+    for name in found:
+        raise ValueError(
+            f"loko_{name}={options[name]!r} is not supported with torch_compile: it reads scores of single sequences "
+            "by forward hooks, which compiled models leave out. Leave one of them out."
+        )
+    if observation.layout == "full":
+        logger.warning("torch_compile: LoKO takes one column for a batch rather than one for each sequence.")
+    return {"per_sequence": False}

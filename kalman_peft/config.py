@@ -265,6 +265,10 @@ class KalmanArguments:
                     f"loko_curvature_every=1, got {self.loko_mode!r}, {self.loko_gain!r} and "
                     f"{self.loko_curvature_every}."
                 )
+        if self.learning_rate is not None and not 0 <= self.learning_rate <= 1:
+            raise ValueError(
+                f"learning_rate={self.learning_rate} is not in [0, 1]: it scales LoKO's step, which needs none."
+            )
         if self.learning_rate is not None and self.learning_rate < 0.1:
             warnings.warn(
                 f"learning_rate={self.learning_rate} scales LoKO's step, which needs none: leave it out.", stacklevel=4

@@ -115,6 +115,14 @@ class Observation(ABC):
         """Trace of H, shape (N,)."""
         return self.roots(expected, targets).square().sum((1, 2))
 
+    def directions(self, outputs: int) -> int:
+        """How many directions of the outputs labels can tell apart."""
+        return outputs
+
+    def num_roots(self, outputs: int, top_k: int | None) -> int:
+        """How many columns `roots` has."""
+        return outputs
+
     def damping_noise(self, signs: Tensor) -> Tensor:
         """A random vector with covariance I, on the directions of outputs that labels can tell apart.
 
@@ -208,6 +216,11 @@ class CategoricalObservation(Observation):
         With the shift, the first label of a sequence is explained by nothing, also where another sequence precedes it
         in the same row.
         """
+        if logits.dim() < (3 if self.shift else 2):
+            wanted = "(batch, positions, vocabulary)" if self.shift else "(batch, ..., classes)"
+            raise ValueError(
+                f"logits must have shape {wanted}, got {tuple(logits.shape)}; do not flatten or index them."
+            )
         if labels.shape != logits.shape[:-1]:
             raise ValueError(
                 f"labels of shape {tuple(labels.shape)} do not fit logits of shape {tuple(logits.shape)}; expected "
@@ -292,6 +305,14 @@ class CategoricalObservation(Observation):
     def trace(self, expected: Tensor, targets: Tensor) -> Tensor:
         """See `Observation.trace`: 1 - |p|^2."""
         return 1 - expected.square().sum(-1)
+
+    def directions(self, outputs: int) -> int:
+        """See `Observation.directions`: V - 1, as a shift of all logits changes no probability."""
+        return outputs - 1
+
+    def num_roots(self, outputs: int, top_k: int | None) -> int:
+        """See `Observation.num_roots`."""
+        return outputs - 1 if top_k is None else min(top_k, outputs - 1)
 
     def damping_noise(self, signs: Tensor) -> Tensor:
         """See `Observation.damping_noise`; a shift of all logits changes no probability: I - 1 1^T / V."""
@@ -425,6 +446,13 @@ class LikelihoodObservation(Observation):
                 f"The likelihood function returned shape {tuple(loss.shape)}, not one value per row, "
                 f"{tuple(expected.shape[:1])}."
             )
+        if len(loss) > 1:
+            alone = self.function(expected[:1], targets[:1])
+            if not torch.allclose(alone.to(loss), loss[:1], rtol=1e-3, atol=1e-4, equal_nan=True):
+                raise ValueError(
+                    "The likelihood function mixes rows: that of the first row alone differs. Labels (N,) beside "
+                    "outputs (N, 1) broadcast to (N, N); give labels of the outputs' shape, or index outputs[:, 0]."
+                )
         return loss.detach()
 
     def draw(self, expected: Tensor, random: Random = None) -> Tensor:

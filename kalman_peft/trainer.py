@@ -13,7 +13,7 @@ from .belief import Belief
 from .belief_trainer import BeliefMixin
 from .callbacks import LaplaceCallback, refuse_scaled_or_sharded
 from .card import write_model_card
-from .compiled import keep_saved_tensors
+from .compiled import keep_saved_tensors, whole_batch_columns
 from .config import KalmanArguments
 from .curvature.fisher import default_forward
 from .curvature.sequences import find_segments
@@ -76,6 +76,12 @@ class KalmanMixin(BeliefMixin):
             raise ValueError("Pass KalmanConfig(optimizer='loko', loko_...=...) rather than a LoKO in `optimizers=`.")
         if args.uses_loko and kwargs.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func is not supported with optimizer='loko': it observes the labels.")
+        owner = type(self).compute_loss.__module__.partition(".")[0]
+        if args.uses_loko and owner not in ("transformers", "trl"):
+            raise ValueError(
+                f"{type(self).__name__}.compute_loss would not be called with optimizer='loko', which observes labels "
+                "by a likelihood of its own; express the loss as observation=LikelihoodObservation(f)."
+            )
         if observation is not None and not args.uses_loko:
             raise ValueError("observation= needs optimizer='loko'; other optimizers follow the model's own loss.")
         self._observation = observation
@@ -109,6 +115,8 @@ class KalmanMixin(BeliefMixin):
             if compiler != DynamoBackend.NO or is_compiled_module(self.model):
                 torch.compiler.reset()  # see `keep_saved_tensors`: graphs compiled before may not be used
             options = self.args.loko_options()
+            if compiler != DynamoBackend.NO or is_compiled_module(self.model):
+                options |= whole_batch_columns(options, self._observed)
             if self._tempers:
                 options["tempering"] = 1 / self._epochs_in_run()
             if self.belief is not None:

@@ -142,10 +142,10 @@ def test_damping_adds_to_the_curvature_of_the_logits():
     toy, observation, x, labels, expected = case("classes")
     jacobian = toy.jacobian(x)[labels >= 0]
     differences = (jacobian - jacobian.mean(1, keepdim=True)).flatten(0, 1)
-    damped = expected + 0.2 * differences.T @ differences
-    close(information(toy, observation, x, labels, columns="exact", damping=0.2), damped)
+    damped = expected + 0.8 / (jacobian.shape[1] - 1) * differences.T @ differences
+    close(information(toy, observation, x, labels, columns="exact", damping=0.8), damped)
     drawn = information(
-        toy, observation, x, labels, columns="sampled", damping=0.2, num_columns=1000, per_sequence=False
+        toy, observation, x, labels, columns="sampled", damping=0.8, num_columns=1000, per_sequence=False
     )
     assert (drawn - damped).norm() < 0.15 * damped.norm()
     assert (expected - damped).norm() > 0.3 * damped.norm()

@@ -26,8 +26,8 @@ def curvature():
 def information(damping, form):
     h = curvature()
     if form == "logit":
-        return h + damping * (torch.eye(5, dtype=F64) - 1 / 5)
-    return h @ torch.linalg.inv(h + damping * torch.eye(5, dtype=F64)) @ h
+        return h + damping / 4 * (torch.eye(5, dtype=F64) - 1 / 5)  # of trace `damping`
+    return h @ torch.linalg.inv(h + damping / 4 * torch.eye(5, dtype=F64)) @ h
 
 
 DAMPED = [(0.0, "logit"), (0.3, "logit"), (0.3, "softmax"), (0.01, "softmax")]
@@ -68,7 +68,7 @@ def test_score_of_the_form(damping, form):
     e = LOGITS.softmax(-1) - torch.eye(5, dtype=F64)[[1, 3]]
     h = curvature()
     if form == "softmax":
-        e = e @ torch.linalg.inv(h + damping * torch.eye(5, dtype=F64)) @ h
+        e = e @ torch.linalg.inv(h + damping / 4 * torch.eye(5, dtype=F64)) @ h
     torch.testing.assert_close(rows.score(), e)
 
 
@@ -81,7 +81,7 @@ def test_outliers_weigh_by_the_formula(damping, form):
     for n in range(3):
         p = logits[n].softmax(-1)
         e = torch.eye(5, dtype=F64)[labels[n]] - p
-        damped = torch.diag(p) - torch.outer(p, p) + (damping or 0.05) * torch.eye(5, dtype=F64)
+        damped = torch.diag(p) - torch.outer(p, p) + 0.05 * torch.eye(5, dtype=F64)
         weight = 1 / (1 + e @ torch.linalg.solve(damped, e) / c**2)
         torch.testing.assert_close(rows.weights[n], weight)
         torch.testing.assert_close(rows.score()[n], weight * plain.score()[n])

@@ -75,8 +75,17 @@ def batched_backward(
 ) -> list[Tensor | None]:
     """Scores (B, *shape) of every sequence, by a batched backward pass with one cotangent for each."""
     each = torch.diag_embed(cotangent.movedim(0, -1)).movedim(-1, 0).movedim(-1, 1)  # (B, B, ...): sequence b alone
-    return list(
-        torch.autograd.grad(
-            logits, params, each.contiguous(), retain_graph=retain_graph, allow_unused=True, is_grads_batched=True
+    try:
+        return list(
+            torch.autograd.grad(
+                logits, params, each.contiguous(), retain_graph=retain_graph, allow_unused=True, is_grads_batched=True
+            )
         )
-    )
+    except RuntimeError as error:
+        if "vmap" not in str(error):
+            raise
+        raise ValueError(
+            "Columns of single sequences take a batched backward pass here, as some trained tensors belong to no "
+            f"plain linear layer, and this model does not allow it ({str(error).splitlines()[0]}). Set "
+            "per_sequence=False; or, with gradient checkpointing, switch dropout or the checkpointing off."
+        ) from error

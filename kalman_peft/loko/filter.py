@@ -39,7 +39,7 @@ class GaussianFilter(torch.optim.Optimizer):
         progress = {
             "settled": False, "steps": 0, "tokens": 0.0, "skipped": 0, "averaged": 0, "evaluating": False,
             "variance": None, "variance_weight": 0.0, "misfit": 1.0, "expected_energy": 0.0, "score_energy": 0.0,
-            "column_energy": 0.0, "belief_counted": False,
+            "column_energy": 0.0, "belief_counted": False, "draw_due": False,
         }  # fmt: skip
         super().__init__(named, {"lr": 1.0} | options | progress)
         group = self.param_groups[0]
@@ -79,12 +79,17 @@ class GaussianFilter(torch.optim.Optimizer):
         return belief_of(self.param_groups[0], self._memories, self._prior, model)
 
     def eval(self) -> None:
-        """Put the averaged weights in place (with `averaging=True`), and refuse to step until `train`."""
-        self._average.eval()
+        """Put the averaged weights in place (with `averaging=True`), and refuse to step until `train`.
+
+        Inside `sample` the draw stays where it is.
+        """
+        if not self._drawn:
+            self._average.eval()
 
     def train(self) -> None:
-        """Put the filter's own weights back in place after `eval`."""
-        self._average.train()
+        """Put the filter's own weights back in place after `eval`; inside `sample` nothing is done."""
+        if not self._drawn:
+            self._average.train()
 
     @contextmanager
     def posterior_mean(self) -> Iterator[None]:
@@ -150,7 +155,13 @@ class GaussianFilter(torch.optim.Optimizer):
         raise TypeError("LoKO cannot be copied or pickled as an object; use state_dict() and load_state_dict().")
 
     def state_dict(self) -> dict[str, Any]:
-        """As of torch; with an average, which may be in the model's place, the filter's own weights are part of it."""
+        """As of torch; with an average, which may be in the model's place, the filter's own weights are part of it.
+
+        Raises:
+            RuntimeError: Inside `sample`.
+        """
+        if self._drawn:
+            raise RuntimeError("LoKO.state_dict() inside sample(), where the weights are drawn ones.")
         self._average.keep_live()
         return super().state_dict()
 

@@ -1,7 +1,7 @@
 """From the logits of micro-batches to what one Kalman step takes in: the summed score, and columns of information."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 from typing import Any
 
 import torch
@@ -52,7 +52,9 @@ class Evidence:
         squares (`float`): Summed squared residuals, see `Rows.squares`.
         broken (`float`): Micro-batches that were not finite, and one more if the sums over all are not, or are
             so large that their squares, seen by a loose prior, would not be.
-        undamped (`float`): Share of the columns' information that is the labels' own, not damping.
+        undamped (`float`):
+            The labels' own information over that of the columns, by their traces: below 1 with damping, above with
+            `top_k`.
     """
 
     plan: Plan
@@ -69,6 +71,36 @@ class Evidence:
     def is_finite(self) -> bool:
         """Whether nothing is NaN or infinite."""
         return not self.broken
+
+
+@dataclass
+class Totals:
+    """Sums over the micro-batches of one step; all of them numbers, to be summed over processes in one go.
+
+    Args:
+        count (`float`): Labels.
+        loss (`float`): See `Evidence`.
+        sequences (`float`): See `Evidence`.
+        squares (`float`): See `Evidence`.
+        own (`float`): First of `Rows.traces`.
+        carried (`float`): Second of `Rows.traces`.
+        broken (`float`): Micro-batches that were not finite.
+        failed (`float`): 1 if an error is kept.
+    """
+
+    count: float = 0.0
+    loss: float = 0.0
+    sequences: float = 0.0
+    squares: float = 0.0
+    own: float = 0.0
+    carried: float = 0.0
+    broken: float = 0.0
+    failed: float = 0.0
+
+    def add(self, other: "Totals") -> None:
+        """Add another's, one by one."""
+        for f in fields(self):
+            setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
 
 
 class Harvest:
@@ -91,7 +123,7 @@ class Harvest:
         self._draws: list[list[Tensor]] = []  # per draw, per view: summed over the batch
         self._columns: list[list[Tensor]] = []  # per backward pass, per view: (touched sequences, *shape)
         self._keys: list[Tensor] = []  # per backward pass: whose columns they are
-        self._sums = [0.0] * 8
+        self._totals = Totals()
         self._failure: Exception | None = None
         self._sequences = 0  # begun so far, over all processes
         self.observed = False
@@ -132,11 +164,13 @@ class Harvest:
         return self._failure is not None
 
     def _fail(self, error: Exception) -> None:
+        """Drop the step's batches; with one process raise the error."""
         if world()[1] == 1:
+            self.clear()
             raise error
         self._failure = self._failure or error
         self._score, self._draws, self._columns, self._keys = [], [], [], []
-        self._sums = [0.0] * 5 + [1.0, 0.0, 0.0]
+        self._totals = Totals(failed=1.0)
 
     def _begin(self, logits: Tensor, plan: Plan) -> int:
         """Place of the micro-batch's first sequence, where draws need it."""
@@ -145,16 +179,12 @@ class Harvest:
 
     def _add(self, logits: Tensor, rows: Rows, plan: Plan, squares: float, first: int) -> None:
         if not rows.is_finite:
-            self._sums[4] += 1
+            self._totals.broken += 1
         elif len(rows):
-            self._sums = [
-                a + b
-                for a, b in zip(
-                    self._sums,
-                    (len(rows), float(rows.loss.sum()), len(rows.owner.unique()), squares, 0, 0, *rows.traces()),
-                    strict=True,
-                )
-            ]
+            own, carried = rows.traces(plan.top_k)
+            self._totals.add(
+                Totals(len(rows), float(rows.loss.sum()), len(rows.owner.unique()), squares, own, carried)
+            )
             self._take(logits, rows, plan, first)
 
     def _place(self, batch: int, device: torch.device) -> int:
@@ -223,9 +253,14 @@ class Harvest:
         summed = self._gather(grads)
         if not per_sequence:
             return summed, []
-        return summed, self._gather([found.get(id(p)) for p in self.params], batch) if tapped else [
-            s[None].clone() for s in summed
-        ]
+        if not tapped:
+            return summed, [s[None].clone() for s in summed]
+        if any(g is not None and id(p) not in found for p, g in zip(self.params, grads, strict=True)):
+            raise ValueError(
+                "Columns of single sequences are read by forward hooks, which did not see the backward pass; compiled "
+                "models (torch.compile) leave hooks out. Set per_sequence=False."
+            )
+        return summed, self._gather([found.get(id(p)) for p in self.params], batch)
 
     def _gather(self, tensors: Any, *leading: int) -> list[Tensor]:
         found = dict(zip(map(id, self.params), tensors, strict=True))
@@ -256,18 +291,21 @@ class Harvest:
             Exception: A micro-batch could not be taken, on this process or (as RuntimeError) on another.
         """
         scores = self._score or [view.zeros() for view in self.views]
-        sums = torch.tensor(self._sums, dtype=torch.float64, device=scores[0].device)
+        sums = torch.tensor(astuple(self._totals), dtype=torch.float64, device=scores[0].device)
         all_sum_([sums, *scores])
         columns = None
         if plan.kind != "none":
             columns = self._joined(max_columns, plan.seed) if plan.per_sequence else self._drawn(plan.number)
         norms = torch.stack([torch.linalg.vector_norm(t) for t in (*scores, *(columns or []))])
-        sums[4] += 1 - (norms < _LARGEST).all().to(sums)
-        count, loss, sequences, squares, broken, failed, own, damped = sums.tolist()  # the one wait for the device
-        if failed:
+        overflow = 1 - (norms < _LARGEST).all().to(sums)
+        *numbers, overflow = torch.cat([sums, overflow[None]]).tolist()  # the one wait for the device
+        total = Totals(*numbers)
+        if total.failed:
             raise_together(self._failure)
-        undamped = own / damped if damped else 1.0
-        return Evidence(plan, scores, columns, count, loss, sequences, squares, broken, undamped)
+        return Evidence(
+            plan, scores, columns, total.count, total.loss, total.sequences, total.squares, total.broken + overflow,
+            total.own / total.carried if total.carried else 1.0,
+        )  # fmt: skip
 
     def _drawn(self, number: int) -> list[Tensor]:
         # Independent draws of mean zero: the square of their sum has the summed information as its expectation.

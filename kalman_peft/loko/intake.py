@@ -110,8 +110,7 @@ class Intake:
             if fresh:
                 estimate_variance(group, evidence)
             evidence = in_units_of(evidence, group["variance"])
-        if evidence.columns is not None:
-            settle_priors(group, self._memories, evidence.columns, evidence.count)
+        settle_priors(group, self._memories, evidence)
         return evidence if group["settled"] else None
 
     def _is_usable(self, evidence: Evidence) -> bool:

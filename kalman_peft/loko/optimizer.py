@@ -165,9 +165,11 @@ class LoKO(GaussianFilter):
         """
         if closure is not None:
             raise ValueError("LoKO.step takes no closure; call observe(logits, labels) before step().")
-        evidence = self._take_evidence()
         group = self.param_groups[0]
+        drawing = self.draws_curvature
+        evidence = self._take_evidence()
         group["steps"] += 1
+        group["draw_due"] = drawing and evidence is None  # what a skipped batch did not tell, the next one does
         if evidence is None:
             self._update.signals.values = {}  # they would be those of another step
             self._update.abandon()
@@ -270,13 +272,14 @@ class LoKO(GaussianFilter):
     # -- signals ---------------------------------------------------------------------------------------------------
 
     @property
-    def diagnostics(self) -> dict[str, Any]:
+    def diagnostics(self) -> dict[str, float]:
         """Of the last step.
 
         `loss`; `innovation`: score energy g^T P g over what the model expects, 1 if it fits, large at surprises;
         `kl` and `decrease` of the step, nats per label; `trust`: factor on the step; `gain_norm`: step over score;
         `trace_p`; `effective_observations`: labels that still count; `effective_parameters`: how many weights the data
-        have determined, D - sum of prior * variance; with a belief `drift` and `penalty`.
+        (and the damping, which counts as data here and in `belief`) have determined, D - sum of prior * variance; with
+        a belief `drift` and `penalty`.
         """
         return self._update.signals.all(self.param_groups[0], self._memories)
 

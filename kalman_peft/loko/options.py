@@ -77,8 +77,9 @@ class LoKOOptions:
             Variance added to every weight per step; or by regular expression over parameter names (the last match
             counts, others get none).
         damping (`float`, *optional*):
-            epsilon, see `kalman_peft.loko.rows`: a sample moves its own logits by 1 / epsilon at most, and what the
-            filter is sure of still tells it something. Defaults to 0.1 for classification, to 0 otherwise.
+            Information added to each label, spread over the differences of its logits, see `kalman_peft.loko.rows`: a
+            label's own (of trace below 1) vanishes where the model is sure, and further labels would then move it by
+            full Newton steps. Defaults to 0.1 for classification, to 0 otherwise and with columns="empirical".
         form (`str`, *optional*, defaults to `"logit"`): How `damping` enters: "logit" or "softmax".
         outlier_threshold (`float`, *optional*):
             c of the weighted-likelihood filter, in standard deviations: outlying labels count less. Off by default.

@@ -15,7 +15,7 @@ _EXACT_UP_TO = 3  # outputs for which "auto" takes exact columns
 
 def draws_columns(group: Mapping[str, Any]) -> bool:
     """Whether the coming step takes columns."""
-    return not group["settled"] or _is_drawing(group, group["steps"])
+    return not group["settled"] or group["draw_due"] or _is_drawing(group, group["steps"])
 
 
 def _is_drawing(group: Mapping[str, Any], step: int) -> bool:

@@ -1,13 +1,13 @@
 """What the labels of one micro-batch say about the outputs: scores and information, row by row.
 
-With the residual e of a row, its covariance H, a damping epsilon and a weight w, a row adds to the filter
-- form "logit":   the score -w e and the information w (H + epsilon I), which cannot vanish where the model is
-  confidently wrong;
+With the residual e of a row, its covariance H and a weight w, a row adds to the filter
+- form "logit":   the score -w e and the information w (H + epsilon C), which cannot vanish where the model is sure;
 - form "softmax": what observing the probabilities with noise H + epsilon I says, the score -w H (H + epsilon I)^-1 e
   and the information w H (H + epsilon I)^-1 H, which bounds the score instead.
-Classes are told apart by differences of logits only: there I stands for I - 1 1^T / V. Both are the extended Kalman
-filter's at epsilon = 0. The weight is 1, or with an outlier threshold c that of the weighted-likelihood filter,
-1 / (1 + e^T (H + epsilon I)^-1 e / c^2) (Duran-Martin et al., 2024, arXiv:2405.05646).
+C is I, for classes I - 1 1^T / V: labels tell differences of logits apart only. epsilon is the option `damping` over
+the trace of C, so that `damping` is the information added to a label, whose own has a trace below 1, for any number of
+classes. Both forms are the extended Kalman filter's at 0. The weight is 1, or with an outlier threshold c that of the
+weighted-likelihood filter, 1 / (1 + e^T (H + 0.05 I)^-1 e / c^2) (Duran-Martin et al., 2024, arXiv:2405.05646).
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ from ..sampling import RowRandom, random_signs
 
 
 POSITIONS = 2**20  # more labels than a sequence has; row keys are sequence * POSITIONS + number of the label
-_WEIGHT_DAMPING = 0.05  # of the residual's covariance where an outlier is weighed and no damping is given
+_WEIGHT_DAMPING = 0.05  # of the residual's covariance where an outlier is weighed
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +38,7 @@ class Rows:
         loss (`Tensor`): Negative log-likelihoods, (N,).
         weights (`Tensor`, *optional*): Of the rows, (N,); `None` for 1.
         observation (`Observation`): How labels meet outputs.
-        damping (`float`): epsilon.
+        damping (`float`): epsilon, per direction.
         form (`str`): "logit" or "softmax".
     """
 
@@ -79,15 +79,25 @@ class Rows:
         """Mean over outputs, summed over rows, of the squared residual; for estimating a Gaussian's noise."""
         return float((self.targets - self.expected).square().mean(-1).sum())
 
-    def traces(self) -> tuple[float, float]:
-        """Trace of the rows' information, summed: without the damping, and with it (what "softmax" adds is not)."""
-        if self.damping == 0 or self.form == "softmax" or not len(self):
-            return len(self), len(self)
+    def traces(self, top_k: int | None = None) -> tuple[float, float]:
+        """Trace of the labels' own information, summed over rows, and of what the columns carry of it, damped.
+
+        The "softmax" form is not told apart.
+
+        Args:
+            top_k (`int`, *optional*): Of the columns, see [`Observation.roots`].
+        """
+        coarse = top_k is not None and top_k < self.observation.directions(self.expected.shape[-1])
+        if not len(self) or not (coarse or (self.damping > 0 and self.form == "logit")):
+            return float(len(self)), float(len(self))
         own = self.observation.trace(self.expected, self.targets)
-        noise = self.observation.damping_noise(torch.eye(self.expected.shape[-1]).to(own))
-        damped = own + self.damping * noise.square().sum()
+        if coarse:
+            roots = self.observation.roots(self.expected, self.targets, self.damping, top_k)
+            carried = roots.square().sum((1, 2))
+        else:
+            carried = own + self.damping * self.observation.directions(self.expected.shape[-1])
         weights = torch.ones_like(own) if self.weights is None else self.weights
-        return float(weights @ own), float(weights @ damped)
+        return float(weights @ own), float(weights @ carried)
 
     def score(self) -> Tensor:
         """Cotangent of the negative log-likelihood, of the logits' shape."""
@@ -119,14 +129,14 @@ class Rows:
         Raises:
             ValueError: More than `limit` of them.
         """
-        roots = self.observation.roots(self.expected, self.targets, self.damping, top_k)  # (N, K, V)
-        slots = self._slots()
-        passes = (int(slots.max()) + 1) * roots.shape[1]
+        slots, number = self._slots(), self.observation.num_roots(self.expected.shape[-1], top_k)
+        passes = (int(slots.max()) + 1) * number
         if passes > limit:
             raise ValueError(
-                f"columns='exact' takes {passes} backward passes for this batch ({roots.shape[1]} for each label of a "
+                f"columns='exact' takes {passes} backward passes for this batch ({number} for each label of a "
                 f"sequence), more than {limit}; use columns='sampled', or top_k."
             )
+        roots = self.observation.roots(self.expected, self.targets, self.damping, top_k)  # (N, K, V)
         for slot in range(int(slots.max()) + 1):
             chosen = slots == slot
             touched = self.touched(chosen)
@@ -192,10 +202,9 @@ def linearise(
     loss = observation.loss(outputs, expected, targets) if len(index) else expected.new_zeros(0)
     threshold, weights = options["outlier_threshold"], None
     if threshold is not None:
-        surprise = observation.surprise(expected, targets, options["damping"] or _WEIGHT_DAMPING)
+        surprise = observation.surprise(expected, targets, _WEIGHT_DAMPING)
         if isinstance(observation, GaussianObservation):
             surprise = surprise / (variance or 1.0)
         weights = 1 / (1 + surprise / threshold**2)
-    return Rows(
-        logits.detach(), index, expected, targets, loss, weights, observation, options["damping"], options["form"]
-    )
+    damping = options["damping"] / observation.directions(logits.shape[-1])
+    return Rows(logits.detach(), index, expected, targets, loss, weights, observation, damping, options["form"])

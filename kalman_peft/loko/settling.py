@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from .harvest import Evidence
 from .memories import Memory
 
 
@@ -43,7 +43,7 @@ def draw_variances(group: dict[str, Any], memories: list[Memory]) -> None:
     group["settled"] = True
 
 
-def settle_priors(group: dict[str, Any], memories: list[Memory], columns: list[Tensor], count: float) -> None:
+def settle_priors(group: dict[str, Any], memories: list[Memory], evidence: Evidence) -> None:
     """Priors from the first columns: prior_tokens * mean Fisher per label, of all weights or of the parameter's.
 
     A parameter that (almost) no gradient reached yet gets that of one with a thousandth of the average Fisher.
@@ -51,13 +51,13 @@ def settle_priors(group: dict[str, Any], memories: list[Memory], columns: list[T
     Args:
         group (`dict[str, Any]`): Options and progress of the filter; nothing is done if its priors are settled.
         memories (`list[Memory]`): Of the filter.
-        columns (`list[Tensor]`): (m, *shape) per view.
-        count (`float`): Labels that they are of.
+        evidence (`Evidence`): Of a step; without columns nothing is done. Damping is no information of the labels.
     """
-    if group["settled"]:
+    if group["settled"] or evidence.columns is None:
         return
+    count = evidence.count / evidence.undamped
     views = [memory.view for memory in memories]
-    sums = [view.per_parameter(c.square().sum(0)) / count for view, c in zip(views, columns, strict=True)]
+    sums = [view.per_parameter(c.square().sum(0)) / count for view, c in zip(views, evidence.columns, strict=True)]
     sizes = [torch.tensor([p.numel() for p in view.params]).to(f) for view, f in zip(views, sums, strict=True)]
     fisher = [f / size for f, size in zip(sums, sizes, strict=True)]
     floor = 1e-3 * torch.cat([f.to(fisher[0]) for f in fisher]).mean()

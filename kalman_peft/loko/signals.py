@@ -62,7 +62,7 @@ class Signals:
             "decrease": decrease * scale,
         }
 
-    def all(self, group: dict[str, Any], memories: list[Memory]) -> dict[str, Any]:
+    def all(self, group: dict[str, Any], memories: list[Memory]) -> dict[str, float]:
         """The values, and what the filter knows; see [`LoKO.diagnostics`].
 
         Args:
@@ -70,13 +70,13 @@ class Signals:
             memories (`list[Memory]`): Of the filter.
 
         Returns:
-            `dict[str, Any]`: Empty after a step that was skipped.
+            `dict[str, float]`: Empty after a step that was skipped.
         """
         if not self.values:
             return {}
         traces = [m.traces() for m in memories]
         left = sum(float((t * m.prior).sum()) for t, m in zip(traces, memories, strict=True))
-        return self.values | {
+        return {name: float(value) for name, value in self.values.items()} | {
             "trace_p": sum(float(t.sum()) for t in traces),
             "effective_observations": group["tokens"] * group["tempering"] / max(1.0, group["misfit"]),
             # Process noise can make a variance larger than the prior's.
