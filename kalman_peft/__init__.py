@@ -25,16 +25,26 @@ _MODULE_OF = {
     "LikelihoodObservation": "observations",
     "LoKO": "loko",
     "LoKOOptions": "loko",
+    "TaskRecord": "filtering",
+    "Transition": "filtering",
     "belief_from_fisher": "interchange",
+    "compress": "filtering",
     "create_loko_optimizer": "loko",
     "curvature_memory": "curvature",
     "data_fingerprint": "lineage",
     "estimate_curvature": "curvature",
+    "initial_belief": "filtering",
+    "interpolate": "filtering",
     "log_evidence": "evidence",
     "maximise_evidence": "evidence",
+    "merge_beliefs": "filtering",
+    "noise_from_shift": "filtering",
+    "predict": "filtering",
     "sample_source": "self_source",
     "save_fisher": "interchange",
+    "smooth": "filtering",
     "to_laplace_torch": "interchange",
+    "update": "filtering",
     "warm_start": "warmup",
 }
 
@@ -54,17 +64,27 @@ __all__ = [
     "LikelihoodObservation",
     "LoKO",
     "LoKOOptions",
+    "TaskRecord",
+    "Transition",
     "__version__",
     "belief_from_fisher",
+    "compress",
     "create_loko_optimizer",
     "curvature_memory",
     "data_fingerprint",
     "estimate_curvature",
+    "initial_belief",
+    "interpolate",
     "log_evidence",
     "maximise_evidence",
+    "merge_beliefs",
+    "noise_from_shift",
+    "predict",
     "sample_source",
     "save_fisher",
+    "smooth",
     "to_laplace_torch",
+    "update",
     "warm_start",
 ]
 
@@ -75,6 +95,18 @@ if TYPE_CHECKING:
     from .config import KalmanConfig
     from .curvature import curvature_memory, estimate_curvature
     from .evidence import log_evidence, maximise_evidence
+    from .filtering import (
+        TaskRecord,
+        Transition,
+        compress,
+        initial_belief,
+        interpolate,
+        merge_beliefs,
+        noise_from_shift,
+        predict,
+        smooth,
+        update,
+    )
     from .hub import HubError
     from .interchange import belief_from_fisher, save_fisher, to_laplace_torch
     from .laplace import ForgettingBudget

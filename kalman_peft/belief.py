@@ -204,7 +204,7 @@ class Belief:
             raise BeliefError(f"The belief contains NaN or Inf ({bad[0]}) and is not written.")
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        fingerprint = _fingerprint(tensors)
+        fingerprint = tensors_fingerprint(tensors)
         config = {
             "format": _FORMAT,
             "structure": self.precision.structure,
@@ -329,7 +329,7 @@ class Belief:
                 f"{weights} cannot be read; it is truncated or no safetensors file ({error})."
             ) from error
         config = _read_config(own.encode(), weights)
-        if config["fingerprint"] != _fingerprint(tensors):
+        if config["fingerprint"] != tensors_fingerprint(tensors):
             raise BeliefError(f"{weights} was altered: its tensors do not have the fingerprint it states.")
         if config["fingerprint"] != beside["fingerprint"]:
             logger.warning("%s is of another save than %s, which is used with its own config.", config_file, weights)
@@ -346,6 +346,10 @@ class Belief:
                 f"{weights} holds no complete {structure} precision in {space} space: {error}"
             ) from error
         return cls(mean, precision, config, source)
+
+    def fingerprint(self) -> str:
+        """Hash of all its tensors, as `belief_config.json` states it."""
+        return tensors_fingerprint(self._tensors())
 
     def _tensors(self) -> dict[str, Tensor]:
         named = {f"mean/{k}": m for k, m in self.mean.items()}
@@ -374,8 +378,8 @@ def _read_config(text: bytes, path: Path) -> dict[str, Any]:
     return config
 
 
-def _fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """Hash of names, shapes, dtypes and bytes."""
+def tensors_fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """Hash of names, shapes, dtypes and bytes, hexadecimal."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         t = tensors[name].detach().cpu().contiguous()

@@ -7,7 +7,7 @@ belief's mean. Per token, R is the second-order estimate of the rise of the sour
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import ClassVar, Self
 
 import torch
@@ -274,6 +274,29 @@ def check_noise(process_noise: float) -> None:
     """Raise ValueError unless the process noise is a variance."""
     if not 0 <= process_noise < float("inf"):
         raise ValueError(f"process_noise is a variance: it must be >= 0 and finite, got {process_noise}.")
+
+
+def noise_by_block(process_noise: float | Mapping[str, float | Tensor], names: Iterable[str]) -> dict[str, float]:
+    """One variance per block, for structures whose eigenbasis survives only noise that is isotropic within a block.
+
+    Raises:
+        ValueError: A block is missing, its noise is not one number, or it is no variance.
+    """
+    names = list(names)
+    given = process_noise if isinstance(process_noise, Mapping) else dict.fromkeys(names, process_noise)
+    if given.keys() != set(names):
+        raise ValueError(f"process_noise must name every block; differing: {sorted(given.keys() ^ set(names))[:4]}.")
+    found = {}
+    for name in names:
+        value = torch.as_tensor(given[name], dtype=torch.float64, device="cpu")
+        if value.numel() > 1 and value.min() != value.max():
+            raise ValueError(
+                f"process_noise differs within {name}: a Kronecker eigenbasis is kept only by one variance per "
+                "matrix. Give one number for it, or use structure='low_rank' or 'diagonal'."
+            )
+        found[name] = float(value.reshape(-1)[0])
+        check_noise(found[name])
+    return found
 
 
 def diffuse(eigenvalues: Tensor, process_noise: float | Tensor) -> Tensor:

@@ -75,7 +75,7 @@ class DensePrecision(AdapterPrecision):
         return type(self)(weight * self.matrix + other_weight * other.matrix.to(self.matrix), self.layout.shapes)
 
     def predict(self, process_noise: float | Mapping[str, float | Tensor]) -> Self:
-        """(Lambda^-1 + Q)^-1, exact.
+        """(Lambda^-1 + Q)^-1 = R^T (I + R Q R^T)^-1 R with Lambda = R^T R: exact, without cancellation for large Q.
 
         Args:
             process_noise (`float` or `Mapping[str, float | Tensor]`):
@@ -85,7 +85,12 @@ class DensePrecision(AdapterPrecision):
             `Precision`: Of the same structure.
         """
         noise = self.layout.noise(process_noise, self.matrix)
-        return type(self)(diffuse_dense(self.matrix, noise), self.layout.shapes)
+        values, vectors = torch.linalg.eigh(self.matrix.double())
+        root = values.clamp(min=0).sqrt()[:, None] * vectors.mT
+        inner = (root * noise.double()) @ root.mT
+        inner.diagonal().add_(1)
+        half = torch.linalg.solve_triangular(torch.linalg.cholesky(inner), root, upper=False)
+        return type(self)((half.mT @ half).to(self.matrix), self.layout.shapes)
 
     def to_dense(self) -> Tensor:
         """The matrix itself."""

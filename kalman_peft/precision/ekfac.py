@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..adapters import A_SUFFIX, B_SUFFIX
-from .base import AdapterPrecision, Precision, State, check_factor, check_noise, diffuse
+from .base import AdapterPrecision, Precision, State, check_factor, diffuse, noise_by_block
 from .factor import EigenFactor
 from .kronecker import EigenbasisAlgebra, Group, KroneckerBlocks, squares
 
@@ -51,16 +51,23 @@ class EigenKroneckerAlgebra(EigenbasisAlgebra):
         blocks = self.blocks.merge(other.blocks, weight, other_weight)
         mine, theirs = self.blocks.items(), other.blocks.items()
         cells = {
-            name: weight * _turn(mine[name], self.cells[name], basis)
-            + other_weight * _turn(theirs[name], other.cells[name].to(self.cells[name]), basis)
+            name: weight * turn_cells(mine[name], self.cells[name], basis)
+            + other_weight * turn_cells(theirs[name], other.cells[name].to(self.cells[name]), basis)
             for name, basis in blocks.items().items()
         }
         return self._with(blocks, cells)
 
-    def predict(self, process_noise: float) -> Self:
-        """E / (1 + q E), exact."""
-        check_noise(process_noise)
-        return self._with(self.blocks, {name: diffuse(c, process_noise) for name, c in self.cells.items()})
+    def predict(self, process_noise: float | Mapping[str, float | Tensor]) -> Self:
+        """E / (1 + q E), exact.
+
+        Args:
+            process_noise (`float` or `Mapping[str, float | Tensor]`): Variance q, for all weights or by block.
+
+        Returns:
+            `Precision`: In the same bases.
+        """
+        noise = noise_by_block(process_noise, self.cells)
+        return self._with(self.blocks, {name: diffuse(c, noise[name]) for name, c in self.cells.items()})
 
     def _cell_tensors(self) -> dict[str, Tensor]:
         return self.blocks.tensors() | {f"{name}:cells": c for name, c in self.cells.items()}
@@ -193,7 +200,7 @@ def _energies(factor: EigenFactor, x: Tensor) -> Tensor:
     return torch.cat([inside, (x.square().sum(0, keepdim=True) - inside.sum(0, keepdim=True)).clamp(min=0)])
 
 
-def _turn(old: tuple[EigenFactor, EigenFactor], cells: Tensor, new: tuple[EigenFactor, EigenFactor]) -> Tensor:
+def turn_cells(old: tuple[EigenFactor, EigenFactor], cells: Tensor, new: tuple[EigenFactor, EigenFactor]) -> Tensor:
     """Mean diagonal of a block in another basis, cell by cell."""
     return _overlap(old[0], new[0]) @ cells @ _overlap(old[1], new[1]).mT
 
@@ -202,6 +209,8 @@ def _overlap(old: EigenFactor, new: EigenFactor) -> Tensor:
     """Mean squared share of each old direction (or complement) in each new one, (k_new + 1, k_old + 1)."""
     n = old.size
     k_new = new.signature[1]
+    if old.signature == new.signature and torch.equal(old.vectors, new.vectors):
+        return torch.eye(k_new + 1, dtype=old.vectors.dtype, device=old.vectors.device)
     across = (new.vectors.mT @ old.vectors).square()  # (k_new, k_old)
     inside = torch.cat([across, (1 - across.sum(1, keepdim=True)).clamp(min=0)], dim=1)
     spread = (1 - across.sum(0)).clamp(min=0)  # of each old direction in the new complement

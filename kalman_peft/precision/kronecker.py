@@ -17,8 +17,8 @@ from .base import (
     check_damping,
     check_factor,
     check_invertible,
-    check_noise,
     diffuse,
+    noise_by_block,
     normal,
     stack,
 )
@@ -257,10 +257,17 @@ class KroneckerAlgebra(EigenbasisAlgebra):
         assert isinstance(other, KroneckerAlgebra)
         return self._with(self.blocks.merge(other.blocks, weight, other_weight))
 
-    def predict(self, process_noise: float) -> Precision:
-        """Exact, elementwise in the joint eigenbasis: no Kronecker product any more, but eigenvalue-corrected."""
-        check_noise(process_noise)
-        return self._corrected({name: diffuse(cell, process_noise) for name, cell in self.named_cells().items()})
+    def predict(self, process_noise: float | Mapping[str, float | Tensor]) -> Precision:
+        """Exact, elementwise in the joint eigenbasis: no Kronecker product any more, but eigenvalue-corrected.
+
+        Args:
+            process_noise (`float` or `Mapping[str, float | Tensor]`): Variance q, for all weights or by block.
+
+        Returns:
+            `Precision`: Eigenvalue-corrected, in the same bases.
+        """
+        noise = noise_by_block(process_noise, self.blocks.order)
+        return self._corrected({name: diffuse(cell, noise[name]) for name, cell in self.named_cells().items()})
 
     def _corrected(self, cells: dict[str, Tensor]) -> Precision:
         """The eigenvalue-corrected precision in the same basis."""

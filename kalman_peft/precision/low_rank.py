@@ -108,7 +108,14 @@ class LowRankPrecision(AdapterPrecision):
         return type(self)(self.entries * shrink, columns.contiguous(), self.layout.shapes)
 
     @classmethod
-    def compress(cls, entries: Tensor, columns: Tensor, shapes: Mapping[str, torch.Size], rank: int) -> Self:
+    def compress(
+        cls,
+        entries: Tensor,
+        columns: Tensor,
+        shapes: Mapping[str, torch.Size],
+        rank: int,
+        keep_discarded: bool = True,
+    ) -> Self:
         """Keep the `rank` largest directions of U U^T, and of the others the diagonal.
 
         Args:
@@ -116,6 +123,8 @@ class LowRankPrecision(AdapterPrecision):
             columns (`Tensor`): U, shape (D, m), through whose (m, m) Gram matrix the directions are found.
             shapes (`Mapping[str, torch.Size]`): Shape of each adapter key.
             rank (`int`): k.
+            keep_discarded (`bool`, *optional*, defaults to `True`):
+                Whether the others leave their diagonal in pi; without it the result is never above the original.
 
         Returns:
             `LowRankPrecision`: Equal if U has rank <= k.
@@ -123,8 +132,10 @@ class LowRankPrecision(AdapterPrecision):
         if columns.shape[1] <= rank:
             return cls(entries, columns, shapes)
         _, mixing = torch.linalg.eigh((columns.mT @ columns).double())  # ascending
-        kept = columns @ mixing[:, -rank:].to(columns)
-        dropped = columns.square().sum(1) - kept.square().sum(1)
+        kept = columns @ mixing[:, mixing.shape[1] - rank :].to(columns)
+        if not keep_discarded:
+            return cls(entries, kept, shapes)
+        dropped = torch.einsum("dk,dk->d", columns, columns) - torch.einsum("dk,dk->d", kept, kept)
         return cls(entries + dropped.clamp(min=0), kept, shapes)
 
     def diagonal(self, state: State) -> dict[str, Tensor]:

@@ -1,0 +1,223 @@
+"""Backwards over the tasks: what later tasks say of earlier ones, from stored beliefs and without data.
+
+Means by Rauch, Tung and Striebel (1965), precisions by Fraser and Potter's two filters (1969): the filtered precision
+plus what the future's information amounts to, so that the sum is positive definite by construction and stays in its
+structure. In a linear-Gaussian model both are the marginals of the joint posterior. Low-Rank Filtering and Smoothing
+(arXiv:2410.06800) smooths means alike; what lies between two tasks it leaves as an open question.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..belief import Belief, BeliefError
+from ..precision import DensePrecision, DiagonalPrecision, LowRankPrecision, Precision
+from .algebra import add, diffuse, diffuse_back
+from .records import TaskRecord
+from .state import INFO, check_state, predict
+from .transition import Transition
+
+
+Start = Mapping[str, Tensor] | None
+_SMALL_DECAY = 0.1
+
+
+def smooth(
+    records: Sequence[TaskRecord],
+    *,
+    start: Start = None,
+    covariance: bool = True,
+    rank: int | None = None,
+    keep_discarded: bool = True,
+) -> list[Belief]:
+    """The belief of every task given the data of all.
+
+    m^s_t = m_t + G_t (m^s_t+1 - m^-_t+1), G_t = (I - Q Lambda^-_t+1) / decay;
+    Lambda^s_t = Lambda_t + decay^2 (J_t+1^-1 + Q)^-1, J_t the information of the data of tasks t and later on theta_t.
+
+    Args:
+        records (`Sequence[TaskRecord]`): In the order of the tasks.
+        start (`Mapping[str, Tensor]`, *optional*): Mean of the first belief; for transitions with decay < 1.
+        covariance (`bool`, *optional*, defaults to `True`):
+            Without it only means are smoothed, for which no increments are needed; the beliefs then keep their
+            filtered precision, and their record says so.
+        rank (`int`, *optional*):
+            To which J and the result are cut for structure "low_rank"; by default the largest of the records' ranks.
+        keep_discarded (`bool`, *optional*, defaults to `True`): See [`compress`].
+
+    Returns:
+        `list[Belief]`: One per task; the last is the filtered one.
+
+    Raises:
+        BeliefError: No records, records that do not fit each other, or increments that are missing and cannot be
+            recovered.
+        ValueError: decay < 1 without a start.
+    """
+    _check(records)
+    if not covariance:
+        means = smooth_means(records, start=start)
+        return [_smoothed(r.belief, m, r.belief.precision, "filtered") for r, m in zip(records, means, strict=True)]
+    rank = _rank(records) if rank is None else rank
+    mean, result = dict(records[-1].belief.mean), []
+    for t, _, back in _backwards(records, rank, keep_discarded):
+        belief, precision = records[t].belief, records[t].belief.precision
+        if t + 1 < len(records):
+            mean = _step_back(belief, records[t + 1].transition, mean, start)
+        if back is not None:
+            precision = add(precision, back, rank, keep_discarded)
+        result.append(_smoothed(belief, mean, precision, "smoothed"))
+    return result[::-1]
+
+
+def smooth_means(records: Sequence[TaskRecord], *, start: Start = None) -> list[dict[str, Tensor]]:
+    """Smoothed means alone; needs products with predicted precisions, no increments.
+
+    Args:
+        records (`Sequence[TaskRecord]`): In the order of the tasks.
+        start (`Mapping[str, Tensor]`, *optional*): See [`smooth`].
+
+    Returns:
+        `list[dict[str, Tensor]]`: Adapter weights by key, one per task.
+    """
+    _check(records)
+    means = [dict(records[-1].belief.mean)]
+    for record, later in zip(reversed(records[:-1]), reversed(records[1:]), strict=True):
+        means.append(_step_back(record.belief, later.transition, means[-1], start))
+    return means[::-1]
+
+
+def interpolate(
+    records: Sequence[TaskRecord],
+    position: float,
+    *,
+    start: Start = None,
+    transition: Transition | None = None,
+    rank: int | None = None,
+    keep_discarded: bool = True,
+) -> Belief:
+    """The belief between two tasks, or after the last, given the data of all: for a task never observed.
+
+    At fraction u between tasks t and t+1 (a Brownian bridge, or an Ornstein-Uhlenbeck one):
+    Lambda(u) = predict(Lambda_t, first u of the step) + what J_t+1 says across the rest of it,
+    m(u) = m^-(u) + G(u) (m^s_t+1 - m^-_t+1).
+
+    Args:
+        records (`Sequence[TaskRecord]`): In the order of the tasks.
+        position (`float`): >= 0; 0 is the first task, 1.25 a quarter of the way from the second to the third.
+        start (`Mapping[str, Tensor]`, *optional*): See [`smooth`].
+        transition (`Transition`, *optional*): Motion after the last task; by default that into it.
+        rank (`int`, *optional*): See [`smooth`].
+        keep_discarded (`bool`, *optional*, defaults to `True`): See [`compress`].
+
+    Returns:
+        `Belief`: At a task the smoothed one, after the last the predicted one.
+
+    Raises:
+        ValueError: The position is negative, NaN or infinite.
+        BeliefError: See [`smooth`].
+    """
+    _check(records)
+    if not 0 <= position < math.inf:
+        raise ValueError(f"position must be >= 0 and finite, got {position}; 0 is the first task.")
+    last = len(records) - 1
+    if position > last:
+        motion = records[last].transition if transition is None else transition
+        return predict(records[last].belief, motion.part(position - last), start)
+    t = math.floor(position)
+    if t == position:
+        return smooth(records[t:], start=start, rank=_rank(records) if rank is None else rank,
+                      keep_discarded=keep_discarded)[0]  # fmt: skip
+    rank = _rank(records) if rank is None else rank
+    step = records[t + 1].transition
+    before, after = step.part(position - t), step.part(1 - (position - t))
+    here = predict(records[t].belief, before, start)
+    mean = _step_back(here, after, smooth_means(records[t + 1 :], start=start)[0], start)
+    future = next(j for place, j, _ in _backwards(records[t:], rank, keep_discarded) if place == 0)
+    back = None if future is None else _back(future, after)
+    precision = here.precision if back is None else add(here.precision, back, rank, keep_discarded)
+    return _smoothed(here, mean, precision, "smoothed")
+
+
+def _step_back(belief: Belief, transition: Transition, smoothed: Mapping[str, Tensor], start: Start) -> dict:
+    """m + G (m^s_next - m^-_next), with G = decay Lambda^-1 Lambda^-_next = (I - Q Lambda^-_next) / decay."""
+    if transition.decay == 0:
+        return dict(belief.mean)
+    predicted = predict(belief, transition, start)
+    like = predicted.precision.like
+    surprise = {k: smoothed[k].to(like) - m.to(like) for k, m in predicted.mean.items()}
+    pulled = predicted.precision.matvec(surprise)
+    if transition.decay >= _SMALL_DECAY:
+        noise = transition.noise(belief.precision.coordinates(), like)
+        gained = {k: (x - noise[k] * pulled[k]) / transition.decay for k, x in surprise.items()}
+    else:  # where I - Q Lambda^- is all cancellation
+        gained = {k: transition.decay * x for k, x in belief.precision.solve(pulled).items()}
+    return {k: m + gained[k].to(m) for k, m in belief.mean.items()}
+
+
+def _backwards(
+    records: Sequence[TaskRecord], rank: int | None, keep_discarded: bool
+) -> Iterator[tuple[int, Precision | None, Precision | None]]:
+    """Walk backwards over the tasks t, with one J in memory at a time.
+
+    Yields:
+        tuple: t; J_t+1, the information on theta_t+1 of the data of tasks t+1 and later; and what that says of
+        theta_t. Neither for the last task.
+    """
+    future: Precision | None = None
+    for t in range(len(records) - 1, -1, -1):
+        back = None if future is None else _back(future, records[t + 1].transition)
+        yield t, future, back
+        if t > 0:
+            information = _information(records[t - 1], records[t])
+            future = information if back is None else add(information, back, rank, keep_discarded)
+
+
+def _back(future: Precision, transition: Transition) -> Precision | None:
+    """What J on the state after a step says of the state before it."""
+    return diffuse_back(future, transition.noise(future.coordinates(), future.like), transition.decay)
+
+
+def _information(before: TaskRecord, record: TaskRecord) -> Precision:
+    """The task's increment, or else the filtered precision less the predicted one."""
+    if record.increment is not None:
+        return record.increment
+    filtered, transition = record.belief.precision, record.transition
+    noise = transition.noise(filtered.coordinates(), filtered.like)
+    predicted = diffuse(before.belief.precision, noise, transition.decay)
+    if isinstance(filtered, DiagonalPrecision) and isinstance(predicted, DiagonalPrecision):
+        entries = {k: (f - predicted.entries[k].to(f)).clamp(min=0) for k, f in filtered.entries.items()}
+        return DiagonalPrecision(entries)
+    if isinstance(filtered, DensePrecision) and isinstance(predicted, DensePrecision):
+        values, vectors = torch.linalg.eigh((filtered.matrix - predicted.matrix.to(filtered.matrix)).double())
+        difference = (vectors * values.clamp(min=0)) @ vectors.mT
+        return DensePrecision(difference.to(filtered.matrix), filtered.coordinates())
+    raise BeliefError(
+        f"Task {record.name!r} has no increment, and two {filtered.structure} precisions cannot be subtracted. Store "
+        "increment=increment_of(predicted, curvature, num_labels) with it, or smooth means only: covariance=False."
+    )
+
+
+def _check(records: Sequence[TaskRecord]) -> None:
+    if not records:
+        raise BeliefError("There are no task records to smooth.")
+    first = records[0].belief.precision
+    for record in records:
+        check_state(record.belief)
+        precision = record.belief.precision
+        if precision.structure != first.structure or precision.coordinates() != first.coordinates():
+            raise BeliefError(
+                f"Task {record.name!r} has another structure or other weights than {records[0].name!r}; smooth the "
+                "tasks of one filter."
+            )
+
+
+def _rank(records: Sequence[TaskRecord]) -> int | None:
+    ranks = [r.belief.precision.rank for r in records if isinstance(r.belief.precision, LowRankPrecision)]
+    return max(ranks) if ranks else None
+
+
+def _smoothed(belief: Belief, mean: Mapping[str, Tensor], precision: Precision, kind: str) -> Belief:
+    record = belief.info[INFO] | {"kind": "smoothed", "precision": kind}
+    return Belief(mean, precision, belief.info | {INFO: record}, belief.source)
