@@ -70,9 +70,13 @@ class WholeCheckpoints(TrainerCallback):
     """Marks checkpoints once they are whole: a kill while one is written leaves files that cannot be resumed from."""
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After the last file of all processes."""
+        """After the last file of all processes.
+
+        Not where training ends: a Trainer that resumes from its last step may take another, which a run that was not
+        killed does not.
+        """
         wait()
-        if is_first():
+        if is_first() and not control.should_training_stop:
             folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
             if folder.is_dir():  # save_total_limit may have taken it
                 (folder / _WHOLE).touch()
