@@ -53,7 +53,7 @@ from .store import (
     wait,
     write_json,
 )
-from .task import TaskTrainer, WholeCheckpoints, last_checkpoint
+from .task import TaskTrainer, WholeCheckpoints, last_checkpoint, let_go
 
 
 logger = logging.get_logger(__name__)
@@ -281,8 +281,7 @@ class ContinualLearner(History):
             self._mark(work, mark)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         found = trainer.filter_belief() if loko else None
-        # The forward function that mixed precision has put on: what follows must not depend on whether it is there.
-        trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+        let_go(trainer)
         if found is not None:
             num_labels = found.info["num_labels"]
         record = {"data": mark, "num_labels": num_labels, "rows": trainer.rows_seen()}
@@ -395,9 +394,12 @@ class ContinualLearner(History):
 
     def _evaluate(self, folder: Path) -> dict[str, dict[str, float]]:
         args = plain_arguments(self.args, folder)
-        options = own_callbacks(self.trainer_options)
-        return {name: evaluate(KalmanTrainer(self.model, args, **options), data) for name, data in
-                self.eval_datasets.items()}  # fmt: skip
+        found = {}
+        for name, data in self.eval_datasets.items():
+            trainer = KalmanTrainer(self.model, args, **own_callbacks(self.trainer_options))
+            found[name] = evaluate(trainer, data)
+            let_go(trainer)
+        return found
 
     def _eval_in_training(self, args: Any) -> Any:
         return self.eval_datasets if str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no" else None

@@ -66,6 +66,19 @@ class TaskTrainer(KalmanTrainer):
         return self._loader(data, "training")
 
 
+def let_go(trainer: Any) -> None:
+    """Take what accelerate has put on the model off again.
+
+    A model that any Trainer has used, if only to evaluate, is marked as prepared, and the next Trainer would train it
+    without DistributedDataParallel. And what follows must not depend on what this process has done before.
+
+    Args:
+        trainer (`Trainer`): After its work.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+    model._is_accelerate_prepared = False
+
+
 class WholeCheckpoints(TrainerCallback):
     """Marks checkpoints once they are whole: a kill while one is written leaves files that cannot be resumed from."""
 
