@@ -15,8 +15,7 @@ from learning import EVALS, TASKS, contents, learner, model, ramps, stream
 from transformers import TrainerCallback
 
 from kalman_peft import DriftCallback, belief
-from kalman_peft.continual import learner as learning_module
-from kalman_peft.continual import store
+from kalman_peft.continual import runs, store
 from kalman_peft.filtering import records
 
 
@@ -62,10 +61,10 @@ class Events(TrainerCallback):
         torch.save = self.before("torch.save", torch.save)
         for module in (belief, records):
             module.save_file = self.before("save_file", module.save_file)
-        learning_module.estimate_curvature = self.before("curvature", learning_module.estimate_curvature)
+        runs.estimate_curvature = self.before("curvature", runs.estimate_curvature)
 
 
-def run(kind, folder, events):
+def play(kind, folder, events):
     options, configured = KINDS[kind]
     made = model(r=4, target_modules="all-linear") if kind == "stream" else model()
     made = learner(folder, made=made, configured=configured, callbacks=[events], **options)
@@ -87,7 +86,7 @@ def fork(kind, folder, fatal=None):
         try:
             events = Events(fatal)
             events.watch()
-            run(kind, folder, events)
+            play(kind, folder, events)
             events.fatal = None
             report.write_text(json.dumps(events.seen))
             code = 0
