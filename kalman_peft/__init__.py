@@ -14,6 +14,7 @@ _MODULE_OF = {
     "Belief": "belief",
     "BeliefError": "belief",
     "CategoricalObservation": "observations",
+    "ContinualLearner": "continual",
     "DriftCallback": "callbacks",
     "ForgettingBudget": "laplace",
     "GaussianObservation": "observations",
@@ -53,6 +54,7 @@ __all__ = [
     "Belief",
     "BeliefError",
     "CategoricalObservation",
+    "ContinualLearner",
     "DriftCallback",
     "ForgettingBudget",
     "GaussianObservation",
@@ -93,6 +95,7 @@ if TYPE_CHECKING:
     from .belief import Belief, BeliefError
     from .callbacks import DriftCallback, LaplaceCallback
     from .config import KalmanConfig
+    from .continual import ContinualLearner
     from .curvature import curvature_memory, estimate_curvature
     from .evidence import log_evidence, maximise_evidence
     from .filtering import (

@@ -279,13 +279,17 @@ class BeliefMixin(SourceMixin):
     def _labels_in_run(self) -> float:
         """Target labels that the run will observe, from the first training sequences."""
         rows = first_rows(self.train_dataset, self.args.source_samples)
+        return self._count_labels(rows) / len(rows) * self._seen_in_run()
+
+    def _count_labels(self, rows: Any) -> int:
+        """Target labels of training sequences."""
         shift = self._observed.layout == "causal"
         count = 0
         for batch in self._loader(rows, "training"):
             labels = batch["labels"]
             labels = labels[:, 1:] if shift else labels
             count += int(labels.ne(IGNORE_INDEX).sum()) if not labels.is_floating_point() else len(labels)
-        return count / len(rows) * self._seen_in_run()
+        return count
 
     @property
     def _observed(self) -> Observation:

@@ -40,7 +40,7 @@ def push_belief(
     if world()[0] != 0:
         return None
     api = HfApi(token=token, library_name="kalman_peft", library_version=__version__)
-    with tempfile.TemporaryDirectory() as folder, _explained(f"push the belief to {repo_id!r}", revision):
+    with tempfile.TemporaryDirectory() as folder, explained(f"push the belief to {repo_id!r}", revision):
         belief.save_pretrained(folder)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/"):
@@ -80,7 +80,7 @@ def download_belief(repo_id: str, *, revision: str | None, subfolder: str | None
 
     options |= {"subfolder": subfolder, "library_name": "kalman_peft", "library_version": __version__}
     try:
-        with _explained(f"load a belief from {repo_id!r}, which is no local folder", revision):
+        with explained(f"load a belief from {repo_id!r}, which is no local folder", revision):
             config = Path(hf_hub_download(repo_id, BELIEF_CONFIG, revision=revision, **options))
             # A push between the two downloads must not give files of two beliefs: the cache names the commit.
             commit = config.parents[len(Path(subfolder or "").parts)].name
@@ -102,7 +102,19 @@ def download_belief(repo_id: str, *, revision: str | None, subfolder: str | None
 
 
 @contextmanager
-def _explained(doing: str, revision: str | None) -> Iterator[None]:
+def explained(doing: str, revision: str | None) -> Iterator[None]:
+    """Turn what the Hub's client raises into a [`HubError`] with a remedy.
+
+    Args:
+        doing (`str`): What is being done, for the message.
+        revision (`str`, *optional*): That was asked for.
+
+    Yields:
+        None: Nothing.
+
+    Raises:
+        HubError: The Hub refuses or cannot be reached.
+    """
     from huggingface_hub import errors
 
     # In the order of what they tell. The Hub's client wraps them: failed uploads in RuntimeError, failed lookups in

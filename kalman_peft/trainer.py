@@ -68,7 +68,7 @@ class KalmanMixin(BeliefMixin):
         if not isinstance(args, KalmanArguments):
             raise TypeError(f"args must be a KalmanConfig, got {type(args).__name__}.")
         if peft_config is not None:
-            model = _with_adapter(model, peft_config, getattr(args, "seed", 42))
+            model = with_adapter(model, peft_config, getattr(args, "seed", 42))
         given = kwargs.get("optimizers", (None, None))[0]
         if args.uses_loko and given is not None:
             raise ValueError("optimizer='loko' and `optimizers=` exclude each other.")
@@ -264,7 +264,20 @@ class KalmanTrainer(KalmanMixin, Trainer):
     """
 
 
-def _with_adapter(model: Any, peft_config: Any, seed: int) -> Any:
+def with_adapter(model: Any, peft_config: Any, seed: int) -> Any:
+    """Put an adapter on a plain model.
+
+    Args:
+        model (`PreTrainedModel`): Without one.
+        peft_config (`LoraConfig`): Of the adapter.
+        seed (`int`): Of its start.
+
+    Returns:
+        `PeftModel`: The model with the adapter.
+
+    Raises:
+        ValueError: There is no model, or it has an adapter already.
+    """
     from peft import PeftModel, get_peft_model
 
     if model is None:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import AdapterState
-from ..belief import Belief, BeliefError, describe
+from ..belief import Belief, BeliefError
+from ..lineage import describe
 from ..precision import Precision
 from .algebra import STRUCTURES, add, compress_precision, constant, convert, diffuse, least_damping
 from .transition import Transition, by_key, check_values

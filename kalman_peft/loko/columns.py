@@ -15,7 +15,7 @@ from ..curvature.taps import Tap
 
 
 class ColumnTaps:
-    """Permanent taps on the linear layers that own the filtered parameters.
+    """Taps, until they are removed, on the linear layers that own the filtered parameters.
 
     Args:
         model (`nn.Module`): The model.
@@ -38,8 +38,13 @@ class ColumnTaps:
             else:
                 elsewhere |= own  # perhaps tied to a linear layer, which sees its own share only
         self.uncovered = len(wanted - (covered - elsewhere))
-        for name, module in linear if not self.uncovered else []:  # else the taps would not be used
-            module.register_forward_hook(Tap(partial(self._handle, name, module)))
+        used = linear if not self.uncovered else []
+        self._handles = [m.register_forward_hook(Tap(partial(self._handle, name, m))) for name, m in used]
+
+    def remove(self) -> None:
+        """Take the taps off the model."""
+        for handle in self._handles:
+            handle.remove()
 
     def record(self, batch: int) -> None:
         """Collect the scores of `batch` sequences in the backward passes to come, until `take`."""

@@ -208,6 +208,12 @@ class LoKO(GaussianFilter):
         self._intake.clear()
         self._update.abandon()
 
+    def release(self) -> None:
+        """Take the optimizer's taps off the model, after its last step: another optimizer may follow."""
+        if self._harvest.taps is not None:
+            self._harvest.taps.remove()
+            self._harvest.taps = None
+
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See [`GaussianFilter.load_state_dict`]; what was observed since the last step is dropped.

@@ -1,0 +1,95 @@
+"""What a [`ContinualLearner`] has learnt: records, smoothed beliefs, scores; and sharing it."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..belief import Belief
+from ..filtering import TaskRecord, smooth
+from ..metrics import continual_metrics
+from .evaluation import metric_of, score_matrix
+from .sharing import push
+from .store import START_FILE, Entry, Store, fill, read_json, write_moved_adapter
+
+
+class History:
+    """The finished tasks of a learner; its base class.
+
+    Args:
+        folder (`Path`): Of the learner.
+        metric (`str`, *optional*): See [`ContinualLearner`].
+    """
+
+    def __init__(self, folder: Path, metric: str | None):
+        self.store, self.metric = Store(folder), metric
+
+    @property
+    def tasks(self) -> list[Entry]:
+        """The finished tasks in order: name, folder, data, num_labels, figures of the filter, scores and so on."""
+        return [dict(entry) for entry in self.store.entries]
+
+    def records(self) -> list[TaskRecord]:
+        """What the smoother needs of every task, read from the folder; see also [`interpolate`]."""
+        return [TaskRecord.from_pretrained(self.store.task(i)) for i in range(len(self.store.entries))]
+
+    def smooth(self, covariance: bool = True) -> dict[str, Belief]:
+        """The belief of every task given the data of all, also as an adapter in `smoothed/<name>/`.
+
+        Args:
+            covariance (`bool`, *optional*, defaults to `True`): Without it only means are smoothed, see [`smooth`];
+                LoKO's beliefs of structure "low_rank" and "ekfac" allow no more.
+
+        Returns:
+            `dict[str, Belief]`: By task.
+        """
+        beliefs = smooth(self.records(), start=self._initial().mean, covariance=covariance)
+        result = {}
+        for index, (entry, belief) in enumerate(zip(self.store.entries, beliefs, strict=True)):
+
+            def write(folder: Path, index: int = index, belief: Belief = belief) -> None:
+                write_moved_adapter(self.store.task(index), folder, belief.mean)
+                belief.save_pretrained(folder)
+
+            fill(self.store.smoothed(entry["name"]), write)
+            result[entry["name"]] = belief
+        return result
+
+    def scores(self) -> tuple[np.ndarray, list[str]]:
+        """R[i, j], the score on task j after i tasks, with NaN where it was not measured; and the tasks' names.
+
+        Returns:
+            `tuple[np.ndarray, list[str]]`: Shape (T + 1, T), as `kalman_peft.metrics` and `plot_accuracy_matrix` take.
+        """
+        rows = [self._start_scores(), *(entry["scores"] for entry in self.store.entries)]
+        return score_matrix(rows, [entry["name"] for entry in self.store.entries], metric_of(rows, self.metric))
+
+    def metrics(self) -> dict[str, float]:
+        """Average and learning accuracy (or loss), forgetting, transfer; see [`continual_metrics`]."""
+        rows = [self._start_scores(), *(entry["scores"] for entry in self.store.entries)]
+        return continual_metrics(self.scores()[0], not metric_of(rows, self.metric).endswith("loss"))
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
+        """Upload the newest adapter and belief, and all tasks with their records, in one commit.
+
+        Args:
+            repo_id (`str`): Created if missing. Plain PEFT loads its adapter, `Belief.from_pretrained` its belief.
+            **options: `private`, `token`, `revision`, `commit_message`.
+
+        Returns:
+            `CommitInfo`: `None` on other processes than the first.
+
+        Raises:
+            HubError: The Hub refuses or cannot be reached.
+            ValueError: No task is learnt yet.
+        """
+        return push(self.store, repo_id, **options)
+
+    def _initial(self, device: torch.device | str = "cpu") -> Belief:
+        return Belief.from_pretrained(self.store.initial, device=device)
+
+    def _start_scores(self) -> dict[str, dict[str, float]]:
+        if not self.store.entries:
+            raise ValueError("No task is learnt yet; there is nothing to measure.")
+        return read_json(self.store.initial / START_FILE)["scores"]
