@@ -73,7 +73,7 @@ def test_an_error_leaves_nothing_of_the_batch_behind():
 def test_too_many_roots_are_refused_before_they_are_made():
     options = {"damping": 0.0, "form": "logit", "outlier_threshold": None}
     rows = linearise(torch.zeros(1, 60_000), torch.zeros(1).long(), PLAIN, options=options)
-    with pytest.raises(ValueError, match="takes 59999 backward passes .* more than 1024; use columns='sampled'"):
+    with pytest.raises(ValueError, match=r"takes 59999 backward passes .* more than 1024; use columns='sampled'"):
         next(rows.roots(None, 1024))  # 60,000^2 float32 would be 13 GiB
 
 
