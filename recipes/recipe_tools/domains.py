@@ -1,4 +1,4 @@
-"""Domains that are learnt one after the other: problems or texts, with held-out rows that are the same in every run."""
+"""Domains that are learnt one after the other: problems or texts; their held-out rows are the same in every run."""
 
 from __future__ import annotations
 

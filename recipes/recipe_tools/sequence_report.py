@@ -30,9 +30,7 @@ COLUMNS = (
     ("text_kl", "KL from base", ".3f"),
     ("seconds", "seconds", ".0f"),
 )
-CAPTION = (
-    "Held-out loss in nats per token. ± 95 % interval over runs (Student's t); differences are paired by seed and order."
-)
+CAPTION = "Held-out loss in nats per token, ± 95 % over runs (Student's t); differences are paired by seed and order."
 
 Run = Mapping[str, Any]
 

@@ -65,6 +65,7 @@ class Setup:
         curvature_samples (`int`): Sequences of a task from which a filter takes its curvature.
         folder (`Path`): For what a filter keeps on disk; a run that was killed goes on from there.
         seed (`int`): Of the adapter and of the first task.
+        steps (`int`): Of one task.
     """
 
     model: Callable[[], Any]
@@ -74,6 +75,7 @@ class Setup:
     curvature_samples: int
     folder: Path
     seed: int
+    steps: int
 
 
 @dataclass
@@ -86,6 +88,7 @@ class Learnt:
         seconds (`float`): Of learning: training, curvature, and the filter's files.
         own (`dict[str, list]`): Adapters of every task that are found afterwards: "smoothed", "neighbours averaged".
         figures (`list[dict]`): Of a filter, by task.
+        per_task (`bool`): An adapter is for its own task alone.
     """
 
     model: Any
@@ -93,6 +96,7 @@ class Learnt:
     seconds: float = math.nan
     own: dict[str, list[Adapter]] = field(default_factory=dict)
     figures: list[dict[str, float]] = field(default_factory=list)
+    per_task: bool = False
 
 
 def read_method(text: str) -> tuple[str, dict[str, Any]]:
@@ -223,14 +227,14 @@ def _plain(kind: str, options: Mapping[str, Any], setup: Setup) -> Learnt:
             rows = mixed(rows, list(setup.tasks.values())[:index], options["share"], setup.seed + index)
         _train(setup, model, rows, setup.seed + index, belief, options.get("strength"))
         adapters.append(state.snapshot())
-    return Learnt(model, adapters)
+    return Learnt(model, adapters, per_task=kind == "separate")
 
 
 def _joint(setup: Setup) -> Learnt:
     """All tasks in one run, of as many steps as they have one after the other."""
     model = setup.model()
     rows = concatenate_datasets(list(setup.tasks.values()))
-    _train(setup, model, rows, setup.seed, steps=setup.config(output_dir="").max_steps * len(setup.tasks))
+    _train(setup, model, rows, setup.seed, steps=setup.steps * len(setup.tasks))
     return Learnt(model, [AdapterState(model).snapshot()])
 
 
