@@ -264,7 +264,7 @@ class Runner:
         start = self.start(model)
         rows: list[list[float | None]] = [[start[name] for name in names]]
         if len(learnt.adapters) == 1:  # of all tasks at once
-            rows += [[None] * len(names)] * (len(names) - 1)
+            rows += [losses(learnt.adapters[0], []) for _ in names[1:]]
         for index, adapter in enumerate(learnt.adapters):
             rows.append(losses(adapter, [names[index]] if learnt.per_task else names))
         after = None if learnt.per_task else kl_from_base(model, self.text)  # of the last adapter, which is loaded

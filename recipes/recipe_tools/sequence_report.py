@@ -127,6 +127,7 @@ def plot_sequences(
         labels (`Mapping[str, str]`): File names of the methods.
         title (`str`): Heading.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     points, start = {}, 0.0
     for method, found in runs.items():
         if found[0]["kind"] in ("joint", "separate"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 
 from datasets import Dataset, DatasetDict
 
@@ -67,15 +68,16 @@ def load_target(name: str = "gsm8k-offline", *, limit_train: int | None, limit_e
         )
     else:
         splits = load_splits(name)
+        short = Path(name).name if Path(name).is_file() else name
         question, answer = problem_columns(splits["train"])
         splits = DatasetDict({key: keep(part, question=question, answer=answer) for key, part in splits.items()})
         held = next((key for key in ("test", "validation") if key in splits), None)
         if held:
             train, heldout = splits["train"], splits[held].shuffle(seed=SPLIT_SEED)
-            provenance = f"{name}, its own splits (train, {held})"
+            provenance = f"{short}, its own splits (train, {held})"
         else:
             train, heldout = split_rows(splits["train"], max(1, round(HELDOUT_SHARE * len(splits["train"]))))
-            provenance = f"{name}, {len(heldout):,} rows held out at random with seed {SPLIT_SEED}"
+            provenance = f"{short}, {len(heldout):,} rows held out at random with seed {SPLIT_SEED}"
     return Target(name, provenance, head(train.shuffle(seed=seed), limit_train), head(heldout, limit_eval))
 
 

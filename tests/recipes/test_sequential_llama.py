@@ -15,7 +15,7 @@ from recipe_tools.sequences import averages, canonical, mixed, noise_of, read_me
 
 
 METHODS = [
-    "sequential", "l2:to=start,strength=1e3", "l2", "ewc:strength=1e4", "filter:structure=diagonal,q=1e-3",
+    "sequential", "l2:to=start,strength=1e3", "ewc:strength=1e4",
     "filter:structure=low_rank,rank=2,q=1e-3,layers=layers\\.1\\.", "filter", "loko:q=1e-3", "replay:share=0.3",
     "separate", "joint",
 ]  # fmt: skip
@@ -25,14 +25,14 @@ METHODS = [
 def arguments(tmp_path, tokenizer, model):
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    for name, words in {"ab": "ab", "cd": "cd", "ef": "ef"}.items():
+    for name, words in {"ab": "ab", "cd": "cd"}.items():
         rows = [{"question": f"{name} {k}", "answer": words * (1 + k % 3)} for k in range(40)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     texts = [{"text": f"some general words, number {k}, of which nothing is learnt and which should stay " * 2}
              for k in range(6)]  # fmt: skip
     (tmp_path / "text.jsonl").write_text("\n".join(map(json.dumps, texts)))
     return [
-        "--model", str(tmp_path / "model"), "--domains", *(f"{n}:{tmp_path / n}.jsonl" for n in ("ab", "cd", "ef")),
+        "--model", str(tmp_path / "model"), "--domains", *(f"{n}:{tmp_path / n}.jsonl" for n in ("ab", "cd")),
         "--text", str(tmp_path / "text.jsonl"), "--max_steps", "3", "--batch_size", "2", "--r", "2", "--eval_items",
         "3", "--text_items", "2", "--curvature_samples", "3", "--learning_rate", "2e-2", "--threads", "1",
         "--output_dir", str(tmp_path / "out"),
@@ -56,33 +56,31 @@ def test_all_methods_run_once_and_their_figures_add_up(arguments, tmp_path, monk
     first = as_matrix(runs["sequential"]["scores"])
     for method, run in runs.items():
         matrix = as_matrix(run["scores"])
-        assert matrix.shape == (4, 3) and matrix[0] == pytest.approx(first[0])
+        assert matrix.shape == (3, 2) and matrix[0] == pytest.approx(first[0])
         if run["kind"] in ("replay", "separate"):  # the first task is the same as without
             assert matrix[1, 0] == pytest.approx(first[1, 0], abs=1e-5)
         if method != "sequential" and run["kind"] != "joint":
-            assert matrix[3, 2] != first[3, 2]
-    assert np.isnan(as_matrix(runs["separate"]["scores"])[1:]).sum() == 6
-    assert np.isnan(as_matrix(runs["joint"]["scores"])[1:3]).all()
-    results = summary["results"]["0,1,2"]
+            assert matrix[2, 1] != first[2, 1]
+    assert np.isnan(as_matrix(runs["separate"]["scores"])[1:]).sum() == 2
+    assert np.isnan(as_matrix(runs["joint"]["scores"])[1]).all()
+    results = summary["results"]["0,1"]
     assert results["sequential"]["forgetting"]["mean"] == continual_metrics(first, False)["forgetting"]
     assert results["joint"]["minus_first"]["mean"] == pytest.approx(
         as_matrix(runs["joint"]["scores"])[-1].mean() - first[-1].mean()
     )
     # A strong pull to the start keeps the start; sequential training does not.
     held = as_matrix(runs["l2:to=start,strength=1000"]["scores"])
-    assert abs(held[3] - held[0]).max() < abs(first[3] - first[0]).max()
+    assert abs(held[2] - held[0]).max() < abs(first[2] - first[0]).max()
     smoothed = {name for name in results if name.endswith(", smoothed")}
     assert smoothed == {f"{canonical(m)}, smoothed" for m in METHODS if "q=" in m}
     assert results["sequential, neighbours averaged"]["learning_loss"]["mean"] > 0
-    # The noise is where it was asked for: least elsewhere, and the record says how much the filter let go of.
-    assert (
-        runs[canonical(METHODS[5])]["figures"][1]["stability"]
-        < 1
-        == runs["filter:structure=ekfac"]["figures"][1]["stability"]
-    )
+    # Process noise lets go of something; without any, all is kept.
+    kept = {method: run["figures"][1]["stability"] for method, run in runs.items() if run["figures"]}
+    assert kept["filter:structure=ekfac"] == kept["ewc:strength=10000"] == 1
+    assert all(0 < kept[canonical(method)] < 1 for method in METHODS if "q=" in method)
     report = (folder / "report.md").read_text()
     assert "| sequential |" in report and "cd.jsonl" in report and str(tmp_path) not in report
-    pictures = {path.name for path in (folder / "order-0,1,2").iterdir()}
+    pictures = {path.name for path in (folder / "order-0,1").iterdir()}
     assert {"learning_forgetting.png", "matrix-sequential.png"} <= pictures and len(pictures) == len(METHODS) - 1
 
     monkeypatch.setattr(recipe, "learn", lambda *_: pytest.fail("a run was repeated"))
@@ -92,20 +90,18 @@ def test_all_methods_run_once_and_their_figures_add_up(arguments, tmp_path, monk
 
 
 def test_orders_and_seeds_are_paired(arguments, tmp_path):
-    arguments = [*arguments, "--methods", "sequential", "separate", "--orders", "0,1,2", "2,0,1", "--seeds", "0", "1"]
+    arguments = [*arguments, "--methods", "sequential", "--orders", "0,1", "1,0", "--seeds", "0", "1"]
     summary, runs = recipe.main([*arguments, "--keep_states"]), stored(tmp_path / "out")
-    assert runs["sequential", "2,0,1", 1]["names"] == ["ef", "ab", "cd"] and len(runs) == 8
-    assert summary["results"].keys() == {"all orders", "0,1,2", "2,0,1"}
+    assert runs["sequential", "1,0", 1]["names"] == ["cd", "ab"] and len(runs) == 4
+    assert summary["results"].keys() == {"all orders", "0,1", "1,0"}
     found = [
-        run_figures(runs["sequential", order, seed])[""]["average_loss"]
-        for order in ("0,1,2", "2,0,1")
-        for seed in (0, 1)
+        run_figures(runs["sequential", order, seed])[""]["average_loss"] for order in ("0,1", "1,0") for seed in (0, 1)
     ]
     cell = summary["results"]["all orders"]["sequential"]["average_loss"]
     assert cell["mean"] == pytest.approx(np.mean(found)) and cell["ci95"] == pytest.approx(
         3.182 * np.std(found, ddof=1) / 2
     )
-    # The same domain comes first with another seed of its own place, but held out are the same rows.
+    # Held-out rows are the same whatever the order and the seed.
     starts = [dict(zip(run["names"], run["scores"][0], strict=True)) for run in runs.values()]
     assert all(start == pytest.approx(starts[0]) for start in starts)
 
