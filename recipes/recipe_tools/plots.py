@@ -71,7 +71,7 @@ def plot_plane(
         for index, (label, points) in enumerate(runs.items()):
             learning = [0.0, *(base[0] - target for target, _ in points)]
             forgetting = [0.0, *(kept - base[1] for _, kept in points)]
-            colour, marker = _look(index)
+            colour, marker = look(index)
             axes.plot(learning, forgetting, color=colour, marker=marker, markevery=slice(1, None), label=label)
         axes.plot(0, 0, marker="*", markersize=15, color="black", linestyle="none", zorder=3, label="base model")
         axes.set_xlabel("learning: fall of target loss (nats/token) →")
@@ -106,12 +106,12 @@ def plot_curves(
 
 def _draw_curves(axes: Axes, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], xlabel: str) -> None:
     for index, (label, (x, y)) in enumerate(curves.items()):
-        colour, marker = _look(index)
+        colour, marker = look(index)
         axes.plot(x, y, color=colour, marker=marker, label=label)
     axes.set_xlabel(xlabel)
 
 
-def _look(index: int) -> tuple[str, str]:
+def look(index: int) -> tuple[str, str]:
     """Colour and marker; past the last colour the markers move on by one, so that no pair comes twice early."""
     return COLOURS[index % len(COLOURS)], MARKERS[(index + index // len(COLOURS)) % len(MARKERS)]
 

@@ -1,5 +1,6 @@
 """The recipe of tasks in a row: methods differ where they should, figures add up, and no run is repeated."""
 
+import importlib.util
 import json
 
 import numpy as np
@@ -10,8 +11,10 @@ from datasets import Dataset
 
 from kalman_peft.metrics import continual_metrics
 from recipe_tools.domains import load_domain, split_spec
+from recipe_tools.plots import look
 from recipe_tools.sequence_report import as_matrix, run_figures, summarise_sequences, table_cells
 from recipe_tools.sequences import averages, canonical, mixed, noise_of, read_method
+from recipe_tools.targets import GENERATED
 
 
 METHODS = [
@@ -161,6 +164,20 @@ def test_differences_are_to_the_first_method():
     assert result["a"]["forgetting"]["mean"] == 2 and result["b"]["text_rise"]["mean"] == 0.5
     headings, rows = table_cells(result, "news")
     assert "rise of news loss" in headings and "minus a" in headings and rows[1][2] == "-0.750"
+
+
+def test_no_two_of_many_methods_look_alike():
+    assert len({look(index) for index in range(len(recipe.METHODS))}) == len(recipe.METHODS)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("reasoning_gym"), reason="reasoning-gym is not installed")
+def test_generated_domains_differ_from_each_other_and_hold_out_rows():
+    first, second = (load_domain(name, limit_train=6, limit_eval=4, seed=1) for name in GENERATED[1:3])
+    assert (len(first.train), len(first.heldout)) == (6, 4)
+    assert not set(first.train["question"]) & {*first.heldout["question"], *second.train["question"]}
+    again = load_domain(GENERATED[1], limit_train=6, limit_eval=4, seed=2)
+    assert again.heldout[:] == first.heldout[:] and again.train[:] != first.train[:]
+    assert GENERATED[1] in first.provenance and GENERATED[2] not in first.provenance
 
 
 def test_a_domain_is_a_name_and_its_data(tmp_path):
