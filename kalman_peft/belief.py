@@ -320,7 +320,9 @@ class Belief:
     def _read(cls, weights: Path, config_file: Path, device: torch.device | str) -> Self:
         beside = _read_config(config_file.read_bytes(), config_file)
         try:
-            with safe_open(weights, framework="pt", device=str(device)) as file:
+            # Processes on CPUs are on "cpu:0" and so on, which safetensors does not know.
+            place = "cpu" if torch.device(device).type == "cpu" else str(device)
+            with safe_open(weights, framework="pt", device=place) as file:
                 own = (file.metadata() or {}).get("config", "")
                 # Copies: a file's tensors may be aligned otherwise than new memory, and products then round otherwise.
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}

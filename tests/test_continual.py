@@ -25,7 +25,7 @@ from kalman_peft import (
     smooth,
     update,
 )
-from kalman_peft.continual import learner as module
+from kalman_peft.continual import runs as module
 from kalman_peft.metrics import continual_metrics
 
 
@@ -283,6 +283,8 @@ def test_a_shift_in_a_stream_ends_a_task(tmp_path):
     assert [entry["name"] for entry in found] == ["s-0", "s-1"]
     assert run.records()[1].belief.info["lineage"][1]["num_sequences"] == second[1] - second[0]
     assert run.learn_stream("s", data, DriftCallback(2.0, action="stop", window=4)) == found
+    with pytest.raises(ValueError, match="Stream 's' was begun with other options of detect"):
+        run.learn_stream("s", data, DriftCallback(3.0, action="stop", window=4))
     with pytest.raises(ValueError, match="Stream 's' was learnt from other data"):
         run.learn_stream("s", TASKS["a"])
 

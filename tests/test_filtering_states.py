@@ -11,18 +11,26 @@ from kalman_peft import (
     AdapterState,
     Belief,
     BeliefError,
+    TaskRecord,
     Transition,
     compress,
     create_loko_optimizer,
     estimate_curvature,
     initial_belief,
+    merge_beliefs,
     predict,
     smooth,
     update,
 )
-from kalman_peft.filtering import absolute, belief_figures, increment_of, transition_figures
+from kalman_peft.filtering import absolute, belief_figures, draw, increment_of, transition_figures
 from kalman_peft.filtering.algebra import add, constant, variances
-from kalman_peft.precision import EigenFactor, EigenKroneckerPrecision, KroneckerBlocks, KroneckerPrecision
+from kalman_peft.precision import (
+    EigenFactor,
+    EigenKroneckerPrecision,
+    KroneckerBlocks,
+    KroneckerPrecision,
+    precision_from_tensors,
+)
 
 
 def kronecker(seed, rank=None, shared=False):
@@ -220,6 +228,33 @@ def test_float32_follows_float64_over_a_wide_spectrum():
     scale = results[0].abs().max()
     assert (results[0] - results[1]).abs().max() < 1e-4 * scale
     assert torch.linalg.eigvalsh(results[1]).min() > 0
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "low_rank", "ekfac"])
+@pytest.mark.parametrize("decay", [1.0, 0.05])
+def test_float32_smooths_and_merges_over_a_wide_spectrum(structure, decay):
+    def cast(precision):
+        return precision_from_tensors(structure, "adapter", {k: t.float() if t.is_floating_point() else t for k, t in precision.tensors().items()})  # fmt: skip
+
+    records, _, _, prior = run(structure, [Transition(0.3, decay)] * 3, labels=1e7)
+    single = [
+        TaskRecord(r.name, Belief({k: m.float() for k, m in r.belief.mean.items()}, cast(r.belief.precision), r.belief.info), r.transition, cast(r.increment))
+        for r in records
+    ]  # fmt: skip
+    start = {k: m.float() for k, m in prior.mean.items()}
+    for one, other in zip(smooth(records, start=prior.mean), smooth(single, start=start), strict=True):
+        torch.testing.assert_close(LAYOUT.flatten(other.mean).double(), LAYOUT.flatten(one.mean), rtol=1e-4, atol=1e-5)
+        x = LAYOUT.unflatten(rand(D))
+        a, b = (
+            LAYOUT.flatten(p.matvec({k: v.to(p.like) for k, v in x.items()})) for p in (one.precision, other.precision)
+        )
+        assert (b.double() - a).norm() < 1e-5 * a.norm()
+        assert all(v.isfinite().all() for v in draw(other, torch.Generator().manual_seed(0)).values())
+    given = ([records[0].increment], [single[0].increment])
+    first = merge_beliefs([update(prior, records[0].belief.mean, given[0][0], 1)], prior, given[0])
+    narrow = initial_belief(start, 0.5, structure)
+    second = merge_beliefs([update(narrow, single[0].belief.mean, given[1][0], 1)], narrow, given[1])
+    torch.testing.assert_close(LAYOUT.flatten(second.mean).double(), LAYOUT.flatten(first.mean), rtol=1e-4, atol=1e-5)
 
 
 def test_diagonal_curvature_joins_a_low_rank_state():

@@ -11,33 +11,24 @@ from transformers.utils import logging
 from ..adapters import AdapterState
 from ..belief import Belief, tensors_fingerprint
 from ..callbacks import DriftCallback
-from ..curvature import estimate_curvature
 from ..distributed import broadcast_
 from ..filtering import (
-    TaskRecord,
     Transition,
-    absolute,
     belief_figures,
-    increment_of,
     initial_belief,
     predict,
     transition_figures,
-    update,
 )
-from ..lineage import LINEAGE, data_fingerprint, join_lineages, lineage_entry
+from ..lineage import data_fingerprint, lineage_entry
 from ..sources import is_streaming
-from ..trainer import KalmanTrainer, with_adapter
-from .evaluation import evaluate
-from .history import History
+from ..trainer import with_adapter
 from .options import (
     check_arguments,
     check_numbers,
     decisive_arguments,
-    own_callbacks,
-    plain_arguments,
     structure_of,
-    task_arguments,
 )
+from .runs import MODE, MODE_FILE, TaskRuns
 from .sharing import fetch
 from .store import (
     START_FILE,
@@ -46,22 +37,17 @@ from .store import (
     check_name,
     fill,
     folder_name,
-    is_first,
     load_adapter,
     read_json,
     save_adapter,
-    wait,
     write_json,
 )
-from .task import TaskTrainer, WholeCheckpoints, last_checkpoint
 
 
 logger = logging.get_logger(__name__)
 
-_MODE, _MODE_FILE = "mode", "mode.json"
 
-
-class ContinualLearner(History):
+class ContinualLearner(TaskRuns):
     """Learns task after task with a Gaussian filter over the adapter's weights.
 
     ```python
@@ -207,6 +193,8 @@ class ContinualLearner(History):
             found = [entry for entry in self.store.entries if entry.get("stream") == name]
             if any(entry["data"] != mark for entry in found):
                 raise ValueError(f"Stream {name!r} was learnt from other data ({found[0]['data']}, now {mark}).")
+            if any(entry["detect"] != options for entry in found):
+                raise ValueError(f"Stream {name!r} was begun with other options of detect: {found[0]['detect']}.")
             start = found[-1]["rows"][1] if found else 0
             if start >= len(stream):
                 return [dict(entry) for entry in found]
@@ -235,8 +223,8 @@ class ContinualLearner(History):
         self.state.load(predicted.mean)
         if not self._has_mode(work, mark):
             self._train(work, index, predicted, data, mark, figures, alarm)
-        found = read_json(work / _MODE / _MODE_FILE)
-        load_adapter(self.model, work / _MODE)
+        found = read_json(work / MODE / MODE_FILE)
+        load_adapter(self.model, work / MODE)
         if stream is not None:
             seen = min(found["rows"], len(data))
             data = _rows(data, 0, seen)
@@ -251,9 +239,10 @@ class ContinualLearner(History):
         }  # fmt: skip
         if stream is not None:
             entry |= {"stream": stream[0], "rows": [stream[1], stream[1] + len(data)]}
+            entry["detect"] = alarm.state()["args"] if alarm is not None else None
 
         def write(folder: Path) -> None:
-            for file in (work / _MODE).glob("adapter_*"):
+            for file in (work / MODE).glob("adapter_*"):
                 shutil.copy(file, folder / file.name)
             record.save_pretrained(folder)
             write_json(folder / TASK_FILE, entry)
@@ -261,65 +250,6 @@ class ContinualLearner(History):
         fill(self.store.folder / "tasks" / entry["folder"], write)
         self.store.add(entry)
         return dict(entry)
-
-    def _train(
-        self, work: Path, index: int, predicted: Belief, data: Any, mark: str, figures: Any, alarm: Any
-    ) -> None:
-        """Find the mode, from the last whole checkpoint if there is one, and keep it in `work`."""
-        loko = self.args.uses_loko
-        belief = None if loko and index == 0 else predicted  # LoKO begins with a prior of its own
-        args = task_arguments(self.args, work, index, in_order=alarm is not None)
-        options = own_callbacks(self.trainer_options)
-        options["callbacks"] = [*(options.get("callbacks") or []), WholeCheckpoints(), *([alarm] if alarm else [])]
-        trainer = TaskTrainer(
-            self.model, args, train_dataset=data, eval_dataset=self._eval_in_training(args), belief=belief,
-            strength=self.strength, figures=figures, **options,
-        )  # fmt: skip
-        num_labels = trainer.num_labels
-        checkpoint = last_checkpoint(work)
-        if checkpoint is None:
-            self._mark(work, mark)
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        found = trainer.filter_belief() if loko else None
-        # The forward function that mixed precision has put on: what follows must not depend on whether it is there.
-        trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
-        if found is not None:
-            num_labels = found.info["num_labels"]
-        record = {"data": mark, "num_labels": num_labels, "rows": trainer.rows_seen()}
-
-        def write(folder: Path) -> None:
-            save_adapter(self.model, folder)
-            if found is not None:
-                found.save_pretrained(folder)
-            write_json(folder / _MODE_FILE, record)
-
-        fill(work / _MODE, write)
-
-    def _update(
-        self, name: str, predicted: Belief, transition: Transition, data: Any, found: Any, work: Path, index: int,
-        lineage: Entry,
-    ) -> TaskRecord:  # fmt: skip
-        """The filtered belief at the mode, and what the smoother needs of this task."""
-        info: dict[str, Any] = {"num_labels": found["num_labels"]}
-        increment = None
-        if self.args.uses_loko:
-            before = predicted if index else None
-            belief = absolute(Belief.from_pretrained(work / _MODE), predicted=before)
-        else:
-            args, seed = plain_arguments(self.args, work), self.args.seed + index
-            trainer = TaskTrainer(self.model, args, train_dataset=data, **own_callbacks(self.trainer_options))
-            options = args.curvature_options() | {"structure": self.structure, "space": "adapter"}
-            loader = trainer.sample_loader(self.curvature_samples, seed)
-            precision, info["curvature"] = estimate_curvature(
-                self.model, loader, **options, seed=seed, progress_bar=not args.disable_tqdm
-            )
-            increment = increment_of(predicted, precision, found["num_labels"])
-            belief = update(predicted, self.state.snapshot(), precision, found["num_labels"], rank=self.rank)
-        past = join_lineages(predicted.info, [lineage])
-        belief = Belief(belief.mean, belief.precision, belief.info | {LINEAGE: past})
-        return TaskRecord(name, belief, transition, increment, info)
-
-    # -- sharing ---------------------------------------------------------------------------------------------------
 
     @classmethod
     def from_pretrained(
@@ -373,34 +303,6 @@ class ContinualLearner(History):
     def _belief(self, index: int) -> Belief:
         folder = self.store.task(index) if index >= 0 else self.store.initial
         return Belief.from_pretrained(folder, device=self.args.device)
-
-    def _has_mode(self, work: Path, mark: str) -> bool:
-        """Whether training is done; what was begun with other data is thrown away."""
-        wait()
-        begun = work / "data.json"
-        if work.is_dir() and (not begun.is_file() or read_json(begun)["data"] != mark):
-            if begun.is_file():
-                logger.warning(f"{work} was begun with other data; it is begun anew.")
-            wait()
-            if is_first():
-                shutil.rmtree(work)
-            wait()
-        return (work / _MODE / _MODE_FILE).is_file()
-
-    def _mark(self, work: Path, mark: str) -> None:
-        if is_first():
-            work.mkdir(parents=True, exist_ok=True)
-            write_json(work / "data.json", {"data": mark})
-        wait()
-
-    def _evaluate(self, folder: Path) -> dict[str, dict[str, float]]:
-        args = plain_arguments(self.args, folder)
-        options = own_callbacks(self.trainer_options)
-        return {name: evaluate(KalmanTrainer(self.model, args, **options), data) for name, data in
-                self.eval_datasets.items()}  # fmt: skip
-
-    def _eval_in_training(self, args: Any) -> Any:
-        return self.eval_datasets if str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no" else None
 
     def _options(self) -> dict[str, Any]:
         motion, noise = self.transition.describe()

@@ -66,13 +66,30 @@ class TaskTrainer(KalmanTrainer):
         return self._loader(data, "training")
 
 
+def let_go(trainer: Any) -> None:
+    """Take what accelerate has put on the model off again.
+
+    A model that any Trainer has used, if only to evaluate, is marked as prepared, and the next Trainer would train it
+    without DistributedDataParallel. And what follows must not depend on what this process has done before.
+
+    Args:
+        trainer (`Trainer`): After its work.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+    model._is_accelerate_prepared = False
+
+
 class WholeCheckpoints(TrainerCallback):
     """Marks checkpoints once they are whole: a kill while one is written leaves files that cannot be resumed from."""
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After the last file of all processes."""
+        """After the last file of all processes.
+
+        Not where training ends: a Trainer that resumes from its last step may take another, which a run that was not
+        killed does not.
+        """
         wait()
-        if is_first():
+        if is_first() and not control.should_training_stop:
             folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
             if folder.is_dir():  # save_total_limit may have taken it
                 (folder / _WHOLE).touch()

@@ -5,7 +5,7 @@ from .merging import merge_beliefs
 from .records import TaskRecord
 from .shift import noise_by_module, noise_from_gradients, noise_from_shift
 from .smoothing import interpolate, smooth, smooth_means
-from .state import absolute, compress, increment_of, initial_belief, predict, update
+from .state import absolute, compress, draw, increment_of, initial_belief, predict, update
 from .transition import Transition
 
 
@@ -15,6 +15,7 @@ __all__ = [
     "absolute",
     "belief_figures",
     "compress",
+    "draw",
     "increment_of",
     "initial_belief",
     "interpolate",

@@ -20,6 +20,7 @@ from ..precision import (
     KroneckerPrecision,
     LowRankPrecision,
     Precision,
+    precision_from_tensors,
 )
 from .eigenbasis import pool, variances_in_basis
 
@@ -216,6 +217,23 @@ def variances(precision: Precision) -> dict[str, Tensor]:
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(precision.matrix.double()))
         return precision.layout.unflatten(inverse.diagonal().to(precision.matrix))
     raise ValueError(f"The variances of a {precision.structure} precision have no closed form here.")
+
+
+def as_double(precision: Precision) -> Precision:
+    """The same precision in float64, for solves whose error would grow with its condition number."""
+    if precision.dtype == torch.float64:
+        return precision
+    tensors = {name: t.double() if t.is_floating_point() else t for name, t in precision.tensors().items()}
+    return precision_from_tensors(precision.structure, precision.space, tensors)
+
+
+def least_damping(precision: Precision) -> float:
+    """With what to solve and sample where a state is positive definite by construction.
+
+    Eigenvalues that are held one by one are accurate however far apart they are; the structure's own check, made for
+    curvature, would call a state in float32 singular beyond a condition number of about 1e6.
+    """
+    return torch.finfo(precision.dtype).tiny if isinstance(precision, EigenKroneckerPrecision) else 0.0
 
 
 def _predict(precision: Precision, noise: Noise) -> Precision:

@@ -8,11 +8,12 @@ from torch import Tensor
 from ..belief import Belief, BeliefError
 from ..precision import DensePrecision, DiagonalPrecision, EigenKroneckerPrecision, LowRankPrecision, Precision
 from ..precision.base import dot
-from .algebra import add, compress_precision
+from .algebra import add, as_double, compress_precision, least_damping
 from .state import INFO, check_state
 
 
-Matvec = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+State = Mapping[str, Tensor]
+Matvec = Callable[[State], dict[str, Tensor]]
 
 
 def merge_beliefs(
@@ -29,7 +30,7 @@ def merge_beliefs(
 
     The prior counts once. So equal means are returned only as far as the prior does not matter: two parties that say
     the same are twice as sure of it, and the result lies further from the prior than either. The mean is solved for
-    with the sum as it stands (conjugate gradients, preconditioned by the merged precision), whatever the merged
+    with the sum as it stands (conjugate gradients in float64, preconditioned by the merged precision), whatever that
     precision loses in its structure.
 
     Args:
@@ -59,21 +60,17 @@ def merge_beliefs(
     for increment in known:
         merged = add(merged, increment)
     merged = merged if rank is None else compress_precision(merged, rank, keep_discarded)
-    like = base.like
+    wide, parts, preconditioner = as_double(base), [as_double(x) for x in known], as_double(merged)
 
-    def exact(x: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        total = base.matvec(x)
-        for increment in known:
-            part = increment.matvec(x)
-            total = {key: value + part[key] for key, value in total.items()}
-        return total
+    def exact(x: State) -> dict[str, Tensor]:
+        return _added(wide.matvec(x), *(part.matvec(x) for part in parts))
 
-    pull = {key: torch.zeros_like(m, dtype=like.dtype) for key, m in prior.mean.items()}
-    for belief in beliefs:
-        offset = {key: belief.mean[key].to(like) - m.to(like) for key, m in prior.mean.items()}
-        moved = belief.precision.matvec(offset)
-        pull = {key: value + moved[key] for key, value in pull.items()}
-    step = conjugate_gradients(exact, pull, merged.solve)
+    def pull(belief: Belief, part: Precision) -> dict[str, Tensor]:
+        offset = {key: belief.mean[key].to(wide.like) - m.to(wide.like) for key, m in prior.mean.items()}
+        return _added(wide.matvec(offset), part.matvec(offset))  # Lambda_i (m_i - m_0)
+
+    right = _added(*(pull(belief, part) for belief, part in zip(beliefs, parts, strict=True)))
+    step = conjugate_gradients(exact, right, lambda x: preconditioner.solve(x, least_damping(preconditioner)))
     mean = {key: m + step[key].to(m) for key, m in prior.mean.items()}
     labels, tasks = (
         prior.info[INFO][n] + sum(b.info[INFO][n] - prior.info[INFO][n] for b in beliefs)
@@ -83,9 +80,7 @@ def merge_beliefs(
     return Belief(mean, merged, prior.info | {INFO: info}, prior.source)
 
 
-def conjugate_gradients(
-    matvec: Matvec, right: Mapping[str, Tensor], precondition: Matvec, steps: int = 100
-) -> dict[str, Tensor]:
+def conjugate_gradients(matvec: Matvec, right: State, precondition: Matvec, steps: int = 100) -> dict[str, Tensor]:
     """Solve a positive definite system over named tensors, to the precision of their dtype.
 
     Args:
@@ -122,6 +117,11 @@ def conjugate_gradients(
     if energy <= 1e-6 * first:  # rounding keeps it from the goal
         return x
     raise BeliefError(f"The merged mean did not converge in {steps} steps; merge with a larger rank.")
+
+
+def _added(*terms: State) -> dict[str, Tensor]:
+    first, *rest = terms
+    return {key: sum((term[key] for term in rest), value) for key, value in first.items()}
 
 
 def _less(precision: Precision, prior: Precision) -> Precision:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..belief import Belief, BeliefError
 from ..losses import mean_loss_gradient
+from .algebra import least_damping
 from .state import INFO, check_state
 
 
@@ -49,6 +50,7 @@ def noise_from_gradients(
             raise BeliefError(f"Gradient `{name}` is over other weights than the belief.")
     like = belief.precision.like
     difference = {key: second[key].to(like) - first[key].to(like) for key in shapes}
+    damping = damping or least_damping(belief.precision)
     step = belief.precision.solve(difference, damping=damping, scale=1 / count)  # linear: one solve for both
     return {key: float(x.double().square().mean()) for key, x in step.items()}
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..belief import Belief, BeliefError
 from ..precision import DensePrecision, DiagonalPrecision, LowRankPrecision, Precision
-from .algebra import add, diffuse, diffuse_back
+from .algebra import add, as_double, diffuse, diffuse_back, least_damping
 from .records import TaskRecord
 from .state import INFO, check_state, predict
 from .transition import Transition
@@ -152,7 +152,9 @@ def _step_back(belief: Belief, transition: Transition, smoothed: Mapping[str, Te
         noise = transition.noise(belief.precision.coordinates(), like)
         gained = {k: (x - noise[k] * pulled[k]) / transition.decay for k, x in surprise.items()}
     else:  # where I - Q Lambda^- is all cancellation
-        gained = {k: transition.decay * x for k, x in belief.precision.solve(pulled).items()}
+        precision = as_double(belief.precision)
+        solved = precision.solve(pulled, damping=least_damping(precision))
+        gained = {k: transition.decay * x for k, x in solved.items()}
     return {k: m + gained[k].to(m) for k, m in belief.mean.items()}
 
 

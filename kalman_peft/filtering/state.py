@@ -15,7 +15,7 @@ from ..adapters import AdapterState
 from ..belief import Belief, BeliefError
 from ..lineage import describe
 from ..precision import Precision
-from .algebra import STRUCTURES, add, compress_precision, constant, convert, diffuse
+from .algebra import STRUCTURES, add, compress_precision, constant, convert, diffuse, least_damping
 from .transition import Transition, by_key, check_values
 
 
@@ -207,6 +207,21 @@ def compress(belief: Belief, rank: int, keep_discarded: bool = True) -> Belief:
     """
     check_state(belief)
     return Belief(belief.mean, compress_precision(belief.precision, rank, keep_discarded), belief.info, belief.source)
+
+
+def draw(belief: Belief, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    """Adapter weights drawn from the state, mean + Lambda^-1/2 noise.
+
+    Args:
+        belief (`Belief`): State of the filter, predicted, updated or smoothed.
+        generator (`torch.Generator`, *optional*): Source of the draw, on the precision's device.
+
+    Returns:
+        `dict[str, Tensor]`: By key.
+    """
+    check_state(belief)
+    noise = belief.precision.sample(least_damping(belief.precision), generator)
+    return {key: m + noise[key].to(m) for key, m in belief.mean.items()}
 
 
 def check_state(belief: Belief) -> None:

@@ -16,7 +16,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import default_data_collator
 
-from kalman_peft import AdapterState, Belief, KalmanConfig, KalmanTrainer, create_loko_optimizer, sample_source
+from kalman_peft import (
+    AdapterState,
+    Belief,
+    ContinualLearner,
+    KalmanConfig,
+    KalmanTrainer,
+    create_loko_optimizer,
+    sample_source,
+)
 from kalman_peft.curvature.memory import STRUCTURES
 from kalman_peft.distributed import is_sharded, whole, world
 from kalman_peft.laplace import add_penalty_gradient, proximal_step
@@ -131,6 +139,28 @@ def sources(out):
     )  # fmt: skip
 
 
+def continual(out):
+    """Two tasks of a learner, each with its evaluation; its files are read by both processes."""
+    config = KalmanConfig(
+        str(out / f"learner{world()[1]}"), max_steps=4, per_device_train_batch_size=8 // world()[1],
+        per_device_eval_batch_size=8 // world()[1], use_cpu=True, report_to=[], disable_tqdm=True, logging_steps=1,
+        save_strategy="steps", save_steps=3, learning_rate=1e-2, laplace_fisher="empirical",
+    )  # fmt: skip
+    learner = ContinualLearner(
+        make_lora_llama(torch.float32, attn="sdpa", random_b=False), config, structure="diagonal", process_noise=1e-3,
+        eval_datasets={"b": rows(8, 5)}, data_collator=default_data_collator,
+    )  # fmt: skip
+    for seed, name in enumerate(("a", "b")):
+        learner.learn(name, rows(40, seed))
+    smoothed = learner.smooth()["a"]
+    result = {f"mean-{key}": value for key, value in smoothed.mean.items()}
+    result |= {f"precision-{key}": value for key, value in smoothed.precision.tensors().items()}
+    return result | {
+        "scores": torch.tensor(learner.scores()[0][:, 1]),
+        "labels": torch.tensor(learner.tasks[1]["num_labels"]),
+    }
+
+
 def written(out):
     drawn = sample_source(make_lora_llama(torch.float32), None, 7, 6, batch_size=2, progress_bar=False)
     return {"ids": torch.tensor([row["input_ids"] for row in drawn])}
@@ -240,6 +270,7 @@ def main(task, out):
         "sources": sources,
         "evidence": lambda o: train(o, "adamw_torch", **EVIDENCE),
         "written": written,
+        "continual": continual,
         "loko": lambda o: train(o, "loko"),
         "loko_accumulated": lambda o: train(o, "loko", 2),
         "loko_draws": loko_draws,

@@ -114,6 +114,13 @@ class Hub:
         commit = self.commit_of(self.readable(repo_id, user), revision)
         return {"id": repo_id, "sha": commit.sha, "siblings": [{"rfilename": p} for p in commit.files], "tags": []}
 
+    def tree(self, user, role, body, repo_id, revision):
+        files = self.commit_of(self.readable(repo_id, user), revision).files
+        return [
+            {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+            for path, data in files.items()
+        ]
+
     def branch(self, user, role, body, repo_id, name):
         repo = self.writable(repo_id, user, role)
         if name in repo.branches:
@@ -183,6 +190,7 @@ ROUTES = [
     ("POST", "/api/validate-yaml", "validate"),
     ("GET", f"/api/models/{REPO}", "info"),
     ("GET", f"/api/models/{REPO}/revision/([^/]+)", "info"),
+    ("GET", f"/api/models/{REPO}/tree/([^/]+)", "tree"),
     ("POST", f"/api/models/{REPO}/branch/([^/]+)", "branch"),
     ("POST", f"/api/models/{REPO}/preupload/([^/]+)", "preupload"),
     ("POST", f"/{REPO}.git/info/lfs/objects/batch", "batch"),

@@ -1,0 +1,127 @@
+"""The run of one task of a [`ContinualLearner`]: find the mode, take the curvature there, measure."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging
+
+from ..adapters import AdapterState
+from ..belief import Belief
+from ..curvature import estimate_curvature
+from ..filtering import TaskRecord, Transition, absolute, increment_of, update
+from ..lineage import LINEAGE, join_lineages
+from ..trainer import KalmanTrainer
+from .evaluation import evaluate
+from .history import History
+from .options import own_callbacks, plain_arguments, task_arguments
+from .store import Entry, fill, is_first, read_json, save_adapter, wait, write_json
+from .task import TaskTrainer, WholeCheckpoints, last_checkpoint, let_go
+
+
+logger = logging.get_logger(__name__)
+
+MODE, MODE_FILE = "mode", "mode.json"  # where training leaves the adapter
+
+
+class TaskRuns(History):
+    """Trains, measures and evaluates for a [`ContinualLearner`], whose attributes these are."""
+
+    model: Any
+    args: Any
+    state: AdapterState
+    structure: str
+    rank: int | None
+    strength: float
+    curvature_samples: int
+    eval_datasets: dict[str, Any]
+    trainer_options: dict[str, Any]
+
+    def _train(
+        self, work: Path, index: int, predicted: Belief, data: Any, mark: str, figures: Any, alarm: Any
+    ) -> None:
+        """Find the mode, from the last whole checkpoint if there is one, and keep it in `work`."""
+        loko = self.args.uses_loko
+        belief = None if loko and index == 0 else predicted  # LoKO begins with a prior of its own
+        args = task_arguments(self.args, work, index, in_order=alarm is not None)
+        options = own_callbacks(self.trainer_options)
+        options["callbacks"] = [*(options.get("callbacks") or []), WholeCheckpoints(), *([alarm] if alarm else [])]
+        trainer = TaskTrainer(
+            self.model, args, train_dataset=data, eval_dataset=self._eval_in_training(args), belief=belief,
+            strength=self.strength, figures=figures, **options,
+        )  # fmt: skip
+        num_labels = trainer.num_labels
+        checkpoint = last_checkpoint(work)
+        if checkpoint is None:
+            self._mark(work, mark)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        found = trainer.filter_belief() if loko else None
+        let_go(trainer)
+        if found is not None:
+            num_labels = found.info["num_labels"]
+        record = {"data": mark, "num_labels": num_labels, "rows": trainer.rows_seen()}
+
+        def write(folder: Path) -> None:
+            save_adapter(self.model, folder)
+            if found is not None:
+                found.save_pretrained(folder)
+            write_json(folder / MODE_FILE, record)
+
+        fill(work / MODE, write)
+
+    def _update(
+        self, name: str, predicted: Belief, transition: Transition, data: Any, found: Any, work: Path, index: int,
+        lineage: Entry,
+    ) -> TaskRecord:  # fmt: skip
+        """The filtered belief at the mode, and what the smoother needs of this task."""
+        info: dict[str, Any] = {"num_labels": found["num_labels"]}
+        increment = None
+        if self.args.uses_loko:
+            before = predicted if index else None
+            belief = absolute(Belief.from_pretrained(work / MODE), predicted=before)
+        else:
+            args, seed = plain_arguments(self.args, work), self.args.seed + index
+            trainer = TaskTrainer(self.model, args, train_dataset=data, **own_callbacks(self.trainer_options))
+            options = args.curvature_options() | {"structure": self.structure, "space": "adapter"}
+            loader = trainer.sample_loader(self.curvature_samples, seed)
+            precision, info["curvature"] = estimate_curvature(
+                self.model, loader, **options, seed=seed, progress_bar=not args.disable_tqdm
+            )
+            increment = increment_of(predicted, precision, found["num_labels"])
+            belief = update(predicted, self.state.snapshot(), precision, found["num_labels"], rank=self.rank)
+        past = join_lineages(predicted.info, [lineage])
+        belief = Belief(belief.mean, belief.precision, belief.info | {LINEAGE: past})
+        return TaskRecord(name, belief, transition, increment, info)
+
+    # -- sharing ---------------------------------------------------------------------------------------------------
+
+    def _has_mode(self, work: Path, mark: str) -> bool:
+        """Whether training is done; what was begun with other data is thrown away."""
+        wait()
+        begun = work / "data.json"
+        if work.is_dir() and (not begun.is_file() or read_json(begun)["data"] != mark):
+            if begun.is_file():
+                logger.warning(f"{work} was begun with other data; it is begun anew.")
+            wait()
+            if is_first():
+                shutil.rmtree(work)
+            wait()
+        return (work / MODE / MODE_FILE).is_file()
+
+    def _mark(self, work: Path, mark: str) -> None:
+        if is_first():
+            work.mkdir(parents=True, exist_ok=True)
+            write_json(work / "data.json", {"data": mark})
+        wait()
+
+    def _evaluate(self, folder: Path) -> dict[str, dict[str, float]]:
+        args = plain_arguments(self.args, folder)
+        found = {}
+        for name, data in self.eval_datasets.items():
+            trainer = KalmanTrainer(self.model, args, **own_callbacks(self.trainer_options))
+            found[name] = evaluate(trainer, data)
+            let_go(trainer)
+        return found
+
+    def _eval_in_training(self, args: Any) -> Any:
+        return self.eval_datasets if str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no" else None

@@ -1,0 +1,240 @@
+"""Learn permuted (or slowly rotating) digits task after task: filter and smoother beside other remedies.
+
+    python recipes/permuted_mnist.py                                     # 8 x 8 digits of scikit-learn, no hub needed
+    python recipes/permuted_mnist.py --data mnist --images FOLDER --tasks 20
+    python recipes/permuted_mnist.py --kind rotated --methods filter:q=1e-4 filter:q=1e-3 sequential
+
+The setting of Low-Rank Filtering and Smoothing (arXiv:2410.06800): an MLP learns one permutation of the pixels after
+the other, here through LoRA factors on a frozen random base. A method is one of those that `Method` in
+recipe_tools/continual_methods.py describes, with options: "filter:rank=10,q=1e-4,where=first",
+"filter:structure=ekfac", "ewc:strength=10", "l2:strength=100", "replay:share=0.05", "sequential", "separate", "joint".
+
+A seed is a base, an adapter, permutations and draws, the same for all methods. Every run is a file of its own; runs
+that are there are not repeated. Tables hold means over seeds and 95 % intervals by Student's t.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from transformers import HfArgumentParser
+
+from kalman_peft.metrics import continual_metrics
+from kalman_peft.plots import plot_accuracy_matrix
+from recipe_tools.continual_methods import Method, Training, run
+from recipe_tools.image_tasks import KINDS, make_mlp, make_tasks
+from recipe_tools.images import Images, load_images
+from recipe_tools.online_report import interval
+from recipe_tools.plots import COLOURS, MARKERS, STYLE
+from recipe_tools.report import write_json
+
+
+DEFAULT_METHODS = [
+    "sequential", "l2:strength=10", "l2:strength=100", "ewc", "ewc:strength=10", "replay:share=0.01",
+    "replay:share=0.05", "separate", "joint",
+    *(f"filter:rank={rank}" for rank in (0, 2, 5, 10, 20)),
+    "filter:structure=diagonal", "filter:structure=ekfac",
+    *(f"filter:structure=ekfac,q={q}{where}" for q in ("1e-5", "1e-4", "1e-3") for where in ("", ",where=first")),
+]  # fmt: skip
+# What a run does not depend on.
+FREE = ("methods", "seeds", "threads", "output_dir", "images")
+COLUMNS = {
+    "average_accuracy": "average accuracy", "learning_accuracy": "just after learning", "forgetting": "forgetting",
+    "forward_transfer": "forward transfer", "smoothed": "own adapter, smoothed", "averaged": "own, averaged",
+    "seconds": "s",
+}  # fmt: skip
+
+
+@dataclass
+class Options:
+    """Data, model and methods."""
+
+    data: str = field(default="digits", metadata={"help": "digits, mnist or fashion."})
+    images: str = field(default="offline", metadata={"help": "'offline' (digits, fashion), a folder, or a Hub id."})
+    kind: str = field(default="permuted", metadata={"help": f"Of the tasks, one of {KINDS}."})
+    tasks: int = field(default=5, metadata={"help": "Number of tasks."})
+    samples: int = field(default=400, metadata={"help": "Training images per task."})
+    heldout: int = field(default=500, metadata={"help": "Test images."})
+    hidden: int = field(default=100, metadata={"help": "Width of the hidden layers."})
+    layers: int = field(default=2, metadata={"help": "Hidden layers."})
+    r: int = field(default=16, metadata={"help": "Rank of the LoRA factors."})
+    epochs: int = field(default=20, metadata={"help": "Passes over a task's images."})
+    batch_size: int = field(default=64, metadata={"help": "Images per step."})
+    learning_rate: float = field(default=1e-2, metadata={"help": "Of AdamW."})
+    curvature_samples: int = field(default=500, metadata={"help": "Images for the curvature of a task."})
+    methods: list[str] = field(default_factory=lambda: list(DEFAULT_METHODS), metadata={"help": "See above."})
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "One run each."})
+    threads: int = field(default=1, metadata={"help": "Threads of torch."})
+    output_dir: str = field(default="outputs/permuted", metadata={"help": "For runs, tables and figures."})
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The text as it is written, and every default."""
+
+
+def parse(arguments: list[str]) -> Options:
+    """Read and check options.
+
+    Args:
+        arguments (`list[str]`): Without the program's name.
+
+    Returns:
+        `Options`: With methods in their canonical form.
+    """
+    parser = HfArgumentParser(Options, description=__doc__, formatter_class=_Help)  # type: ignore[arg-type]
+    (o,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    if o.kind not in KINDS or not o.methods or not o.seeds:
+        parser.error(f"--kind must be one of {KINDS}; --methods and --seeds need at least one entry")
+    if min(o.tasks, o.samples, o.heldout, o.epochs, o.batch_size) < 1:
+        parser.error("--tasks, --samples, --heldout, --epochs and --batch_size must be at least 1")
+    try:
+        o.methods = list(dict.fromkeys(str(Method.parse(text)) for text in o.methods))
+    except ValueError as error:
+        parser.error(f"--methods: {error}")
+    return o
+
+
+def run_once(o: Options, images: tuple[Images, Images, str], text: str, seed: int, folder: Path) -> dict[str, Any]:
+    """One run, from its file if it is there.
+
+    Args:
+        o (`Options`): See there.
+        images (`tuple[Images, Images, str]`): To train on, to test on, and what they are.
+        text (`str`): The method.
+        seed (`int`): Of everything.
+        folder (`Path`): For the file.
+
+    Returns:
+        `dict[str, Any]`: What `Result` holds.
+
+    Raises:
+        ValueError: The file is of other settings.
+    """
+    file = folder / "runs" / f"{text.replace(':', '+')}-s{seed}.json"
+    settings = {key: value for key, value in asdict(o).items() if key not in FREE} | {"provenance": images[2]}
+    identity = {"method": text, "seed": seed, "settings": settings}
+    if file.exists():
+        record = json.loads(file.read_text())
+        if record["run"] != identity:
+            raise ValueError(f"{file} is a run with other settings: {record['run']}. Choose another --output_dir.")
+        return record["result"]
+    tasks = make_tasks(o.kind, images[0], images[1], o.tasks, o.samples, o.heldout, seed)
+    model = make_mlp(tasks[0].train["pixel_values"].shape[1], o.hidden, o.layers, o.r, seed)
+    how = Training(o.epochs, o.batch_size, o.learning_rate, o.curvature_samples)
+    result = asdict(run(Method.parse(text), model, tasks, how, seed))
+    result["scores"] = [[None if math.isnan(s) else s for s in row] for row in result["scores"]]
+    write_json({"run": identity, "result": result}, file)
+    return result
+
+
+def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """Means and intervals of one method's runs, for the columns of the table that it has.
+
+    Args:
+        runs (`Sequence[Mapping[str, Any]]`): One per seed.
+
+    Returns:
+        `dict[str, dict[str, float | None]]`: `mean` and `ci95` by column.
+    """
+    rows = [
+        continual_metrics(np.array(one["scores"], dtype=float))
+        | {name: sum(values) / len(values) for name, values in one["own"].items()}
+        | {"seconds": one["seconds"]}
+        for one in runs
+    ]
+    kept = [name for name in COLUMNS if name in rows[0] and not any(math.isnan(row[name]) for row in rows)]
+    if "average_accuracy" in kept and not runs[0]["own"] and "forgetting" not in kept:
+        kept.remove("learning_accuracy")  # of one model for all tasks there is none
+    return {name: interval([row[name] for row in rows]) for name in kept}
+
+
+def cells(result: Mapping[str, Mapping[str, float | None]]) -> list[str]:
+    """One row of the table as text; empty where a method has no such number."""
+    found = []
+    for name in COLUMNS:
+        mean, wide = (result.get(name, {}).get(key) for key in ("mean", "ci95"))
+        digits = 1 if name == "seconds" else 3
+        text = "" if mean is None else f"{mean:.{digits}f}"
+        found.append(text + (f" ± {wide:.{digits}f}" if wide is not None and name != "seconds" else ""))
+    return found
+
+
+def plot_traces(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
+    """Trace of the covariance over tasks: it must not fall for ever under process noise.
+
+    Args:
+        runs (`Mapping[str, Sequence]`): By method, one per seed.
+        path (`Path`): The PNG to write.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7.6, 4.4), dpi=150, layout="constrained")
+        axes = FigureCanvasAgg(figure).figure.subplots()
+        for index, (name, every) in enumerate(runs.items()):
+            traces = np.array([[f["covariance_trace"] for f in one["figures"]] for one in every]).mean(0)
+            colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index // len(COLOURS) % len(MARKERS)]
+            axes.plot(range(1, len(traces) + 1), traces, label=name, markersize=4, color=colour, marker=marker)
+        axes.set_yscale("log")
+        axes.set_xlabel("tasks learnt")
+        axes.set_ylabel("trace of the covariance")
+        axes.set_title("How sure the filter is")
+        figure.legend(loc="outside right upper", fontsize=8)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Run all methods on all seeds, and write tables and figures.
+
+    Args:
+        arguments (`list[str]`, *optional*): Defaults to the command line.
+
+    Returns:
+        `dict[str, Any]`: What summary.json holds.
+    """
+    o = parse(sys.argv[1:] if arguments is None else arguments)
+    torch.set_num_threads(o.threads)
+    console, folder = Console(width=170), Path(o.output_dir) / f"{o.data}-{o.kind}-{o.tasks}"
+    images = load_images(o.data, o.images)
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for method in o.methods:
+        runs[method] = [run_once(o, images, method, seed, folder) for seed in o.seeds]
+        console.print(f"{method}: {summarise(runs[method])['average_accuracy']['mean']:.3f}")
+    results = {method: summarise(every) for method, every in runs.items()}
+    heading = f"{o.data}, {o.tasks} {o.kind} tasks, {o.samples} images each, {len(o.seeds)} seeds"
+    table = Table("method", *COLUMNS.values(), title=heading)
+    lines = [f"| {heading} | " + " | ".join(COLUMNS.values()) + " |", "|---" + "|---:" * len(COLUMNS) + "|"]
+    for method, result in results.items():
+        table.add_row(method, *cells(result))
+        lines.append(f"| {method} | " + " | ".join(cells(result)) + " |")
+    console.print(table)
+    (folder / "report.md").write_text("\n".join(lines) + f"\n\nData: {images[2]}.\n")
+    summary = {"settings": asdict(o) | {"images": Path(o.images).name}, "results": results}
+    write_json(summary, folder / "summary.json")
+    filtered = {method: every for method, every in runs.items() if every[0]["figures"]}
+    if filtered:
+        plot_traces(filtered, folder / "traces.png")
+    complete = [m for m in runs if runs[m][0]["own"]]
+    if complete:
+        best = max(complete, key=lambda m: results[m]["average_accuracy"]["mean"] or 0.0)
+        mean = np.mean([np.array(one["scores"], dtype=float) for one in runs[best]], axis=0)
+        plot_accuracy_matrix(
+            mean, [str(t + 1) for t in range(o.tasks)], folder / "matrix.png", label=f"accuracy, {best}"
+        )
+    console.print(f"Written to {folder}.")
+    return summary
+
+
+if __name__ == "__main__":
+    main()
