@@ -32,6 +32,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "layers": "",
         "decay": 1.0,
         "strength": 1.0,
+        "prior": 1.0,
         "rank": 16,
         "fisher": "sampled",
     },
@@ -129,6 +130,9 @@ def read_method(text: str) -> tuple[str, dict[str, Any]]:
             low, high = {"share": (0, 1), "decay": (0, 1)}.get(name, (0, math.inf))
             fits, expected = isinstance(value, int | float) and low <= value <= high, f"in [{low}, {high}]"
             fits = fits and math.isfinite(value)
+        if name == "prior":
+            fits = fits and value > 0
+            expected = "above 0"
         if not fits:
             raise ValueError(f"{text!r}: {name} must be {expected}, got {value!r}.")
     if options.get("layers") and not options["q"]:
@@ -193,6 +197,7 @@ def _filtered(kind: str, options: Mapping[str, Any], setup: Setup) -> Learnt:
     if kind == "filter":
         changes = {"laplace_fisher": options["fisher"]}
         chosen |= {name: options[name] for name in ("structure", "strength")}
+        chosen["prior_precision"] = options["prior"]
         if options["structure"] == "low_rank":
             chosen["rank"] = changes["laplace_rank"] = options["rank"]
     if kind == "loko":
