@@ -12,8 +12,8 @@ that needs no hub. An order is a list of places among --domains. Methods are KIN
     l2           to=previous (pull to the adapter after the task before) or to=start; strength per squared weight
     ewc          online EWC: diagonal empirical Fisher of sequences (their scores squared), summed over tasks; strength
     filter       Gaussian filter: structure=diagonal, low_rank or ekfac; q (process noise between tasks, in squared
-                 weights), layers=REGEX (where q goes), decay, strength (factor on the pull; 1 is the filter's), prior (precision
-                 at the start), rank, fisher; with q also smoothed adapters
+                 weights), layers=REGEX (where q goes), decay, strength (factor on the pull; 1 is the filter's), prior
+                 (precision at the start), rank, fisher; with q also smoothed adapters
     loko         the filter as optimizer, its belief carried on; memory=kronecker, diagonal or low_rank; q, layers,
                  decay
     replay       share of rows from earlier tasks (at least one row), in place of as many of the task's own

@@ -203,6 +203,7 @@ def test_a_domain_is_a_name_and_its_data(tmp_path):
         (["--methods", "filter:layers=x"], "give q= too"),
         (["--methods", "filter:rank=3"], "goes with structure=low_rank"),
         (["--methods", "filter:decay=2"], "decay must be in"),
+        (["--methods", "filter:prior=0"], "prior must be above 0"),
         (["--methods", "replay:share=0"], "between 0 and 1"),
         (["--max_steps", "0"], "must be positive"),
     ],
