@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from kalman_peft.metrics import continual_metrics
 from recipe_tools.domains import load_domain, split_spec
 from recipe_tools.plots import look
 from recipe_tools.sequence_report import as_matrix, run_figures, summarise_sequences, table_cells
-from recipe_tools.sequences import averages, canonical, mixed, noise_of, read_method
+from recipe_tools.sequences import KINDS, averages, canonical, mixed, noise_of, read_method
 from recipe_tools.targets import GENERATED
 
 
@@ -212,6 +213,13 @@ def test_raises_when_options_do_not_fit(arguments, message, capsys):
     with pytest.raises(SystemExit):
         recipe.parse(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_the_file_of_the_whole_grid_is_read():
+    file = Path(recipe.__file__).with_suffix(".yaml")
+    options = recipe.parse(["--config", str(file), "--seeds", "5"])
+    assert options.seeds == [5] and len(options.orders) == 2 and len(options.domains) == 4
+    assert {read_method(method)[0] for method in options.methods} == KINDS.keys()
 
 
 def test_raises_under_a_launcher(monkeypatch, capsys):
