@@ -61,8 +61,8 @@ from recipe_tools.sources import load_sources
 from recipe_tools.tables import console_table, markdown
 
 
-# In runs this short a task has about a thousand labels, and the belief that they amount to is hardly felt: here earlier
-# tasks count a hundredfold, and the prior as before.
+# In runs this short a task has about a thousand labels, and the belief that they amount to is hardly felt: here
+# earlier tasks count a hundredfold, and the prior as before.
 _FELT = "strength=100,prior=0.01"
 METHODS = (
     "sequential", "replay:share=0.05", "l2:to=previous", "ewc:strength=100", f"filter:structure=diagonal,{_FELT}",
