@@ -377,7 +377,8 @@ def write_summary(
     results, text = {}, ""
     for part, found in parts.items():
         names = [runner.names[place] for place in _places(part)] if part in runs else []
-        title = f"{' > '.join(names) if names else part}, {len(found[o.methods[0]])} runs each"
+        count = len(found[o.methods[0]])
+        title = f"{' > '.join(names) if names else part}, {count} {'runs' if count > 1 else 'run'} each"
         results[part] = summarise_sequences(found)
         headings, rows = table_cells(results[part], runner.settings["text"])
         console.print(console_table(headings, rows, title, CAPTION))

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 # Okabe and Ito's palette: told apart by colour-blind readers; markers repeat the distinction for print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+FEW = 5  # methods whose legend finds a place inside the axes
 STYLE: dict[Any, Any] = {
     "font.size": 12,
     "axes.spines.top": False,
@@ -65,7 +66,8 @@ def plot_plane(
         source (`str`, *optional*): Name of the source in the axis label.
     """
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(7.2, 4.6), dpi=200, layout="constrained")
+        beside = len(runs) > FEW
+        figure = Figure(figsize=(12.4 if beside else 7.2, 4.6), dpi=200, layout="constrained")
         axes = FigureCanvasAgg(figure).figure.subplots()
         axes.axhline(0, color="#999999", linewidth=1, zorder=1)
         for index, (label, points) in enumerate(runs.items()):
@@ -78,7 +80,10 @@ def plot_plane(
         axes.set_ylabel(f"forgetting: rise of {source} loss\n(nats/token) →")
         axes.set_title(title)
         axes.margins(x=0.08, y=0.18)
-        axes.legend(loc="best")
+        if beside:
+            figure.legend(loc="outside right upper")
+        else:
+            axes.legend(loc="best")
         _save(figure, path)
 
 
