@@ -225,7 +225,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     filtered = {method: every for method, every in runs.items() if every[0]["figures"]}
     if filtered:
         plot_traces(filtered, folder / "traces.png")
-    complete = [m for m in runs if runs[m][0]["own"]]
+    complete = list(filtered) or [m for m in runs if runs[m][0]["own"]]  # the picture is of the best filter
     if complete:
         best = max(complete, key=lambda m: results[m]["average_accuracy"]["mean"] or 0.0)
         mean = np.mean([np.array(one["scores"], dtype=float) for one in runs[best]], axis=0)
