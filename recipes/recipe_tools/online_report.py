@@ -19,6 +19,7 @@ from rich.table import Table
 
 from .plots import COLOURS, STYLE
 from .prequential import Trace, smooth, summarise
+from .tables import console_table, markdown
 
 
 # 97.5 % points of Student's t for 1 to 30 degrees of freedom; the last one serves, a little wide, beyond.
@@ -86,13 +87,14 @@ def _cells(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for method, row in result.items():
         name = f"{method} (diverged: {row['diverged']})" if row["diverged"] else method
-        cells = [_show(row[w][m], ".3f") for w in windows for m in METRICS]
-        cells += [_show(row["minus_first"], "+.3f") if "minus_first" in row else ""]
+        cells = [show_interval(row[w][m], ".3f") for w in windows for m in METRICS]
+        cells += [show_interval(row["minus_first"], "+.3f") if "minus_first" in row else ""]
         rows.append([name, *cells, f"{1e3 * row['seconds_per_step']:.0f}"])
     return headings, rows
 
 
-def _show(cell: Mapping[str, float | None], spec: str) -> str:
+def show_interval(cell: Mapping[str, float | None], spec: str) -> str:
+    """What [`interval`] returns as text; the mean in the format `spec`."""
     if cell["mean"] is None:
         return "infinite"
     text = format(cell["mean"], spec)
@@ -110,20 +112,14 @@ def online_table(result: Mapping[str, Any], title: str) -> Table:
         `Table`: For `rich.print`.
     """
     headings, rows = _cells(result)
-    table = Table(title=title, caption="± 95 % interval over seeds, Student's t; differences are paired by seed")
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == "method" else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    return table
+    caption = "± 95 % interval over seeds, Student's t; differences are paired by seed"
+    return console_table(headings, rows, title, caption)
 
 
 def online_markdown(result: Mapping[str, Any]) -> str:
     """Lay out the same cells as [`online_table`] in GitHub's Markdown, ending with the caption and a newline."""
     headings, rows = _cells(result)
-    lines = ["| " + " | ".join(headings) + " |", "|---" + "|---:" * (len(headings) - 1) + "|"]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([*lines, "", "± 95 % interval over seeds (Student's t); differences are paired by seed."]) + "\n"
+    return f"{markdown(headings, rows)}\n± 95 % interval over seeds (Student's t); differences are paired by seed.\n"
 
 
 def plot_online(

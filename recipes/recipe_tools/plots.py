@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 # Okabe and Ito's palette: told apart by colour-blind readers; markers repeat the distinction for print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+FEW = 5  # methods whose legend finds a place inside the axes
 STYLE: dict[Any, Any] = {
     "font.size": 12,
     "axes.spines.top": False,
@@ -65,20 +66,24 @@ def plot_plane(
         source (`str`, *optional*): Name of the source in the axis label.
     """
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(7.2, 4.6), dpi=200, layout="constrained")
+        beside = len(runs) > FEW
+        figure = Figure(figsize=(12.4 if beside else 7.2, 4.6), dpi=200, layout="constrained")
         axes = FigureCanvasAgg(figure).figure.subplots()
         axes.axhline(0, color="#999999", linewidth=1, zorder=1)
         for index, (label, points) in enumerate(runs.items()):
             learning = [0.0, *(base[0] - target for target, _ in points)]
             forgetting = [0.0, *(kept - base[1] for _, kept in points)]
-            colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+            colour, marker = look(index)
             axes.plot(learning, forgetting, color=colour, marker=marker, markevery=slice(1, None), label=label)
         axes.plot(0, 0, marker="*", markersize=15, color="black", linestyle="none", zorder=3, label="base model")
         axes.set_xlabel("learning: fall of target loss (nats/token) →")
         axes.set_ylabel(f"forgetting: rise of {source} loss\n(nats/token) →")
         axes.set_title(title)
         axes.margins(x=0.08, y=0.18)
-        axes.legend(loc="best")
+        if beside:
+            figure.legend(loc="outside right upper")
+        else:
+            axes.legend(loc="best")
         _save(figure, path)
 
 
@@ -106,9 +111,14 @@ def plot_curves(
 
 def _draw_curves(axes: Axes, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], xlabel: str) -> None:
     for index, (label, (x, y)) in enumerate(curves.items()):
-        colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+        colour, marker = look(index)
         axes.plot(x, y, color=colour, marker=marker, label=label)
     axes.set_xlabel(xlabel)
+
+
+def look(index: int) -> tuple[str, str]:
+    """Colour and marker; past the last colour the markers move on by one, so that no pair comes twice early."""
+    return COLOURS[index % len(COLOURS)], MARKERS[(index + index // len(COLOURS)) % len(MARKERS)]
 
 
 def _save(figure: Figure, path: Path) -> None:

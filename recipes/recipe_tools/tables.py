@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -53,12 +53,46 @@ def markdown_table(before: Mapping[str, Any], after: Mapping[str, Mapping[str, A
     Returns:
         `str`: The table, ending with a newline.
     """
-    lines = ["| metric | base | " + " | ".join(after) + " |", "|---" + "|---:" * (len(after) + 1) + "|"]
-    for name, cells in _table_rows(before, after):
-        lines.append(
-            f"| {name} | {cells[0][0]} | " + " | ".join(f"{text} ({delta})" for text, delta, _ in cells[1:]) + " |"
-        )
+    rows = [
+        [name, cells[0][0], *(f"{text} ({delta})" for text, delta, _ in cells[1:])]
+        for name, cells in _table_rows(before, after)
+    ]
+    return markdown(["metric", "base", *after], rows)
+
+
+def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in GitHub's Markdown, ending with a newline; all columns but the first are set to the right.
+
+    Args:
+        headings (`Sequence[str]`): Of the columns.
+        rows (`Sequence[Sequence[str]]`): Cells.
+
+    Returns:
+        `str`: Several lines.
+    """
+    lines = ["| " + " | ".join(headings) + " |", "|---" + "|---:" * (len(headings) - 1) + "|"]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join(lines) + "\n"
+
+
+def console_table(headings: Sequence[str], rows: Sequence[Sequence[str]], title: str, caption: str) -> Table:
+    """The same table for `rich.print`.
+
+    Args:
+        headings (`Sequence[str]`): Of the columns.
+        rows (`Sequence[Sequence[str]]`): Cells.
+        title (`str`): Heading.
+        caption (`str`): Below the table.
+
+    Returns:
+        `Table`: For the console.
+    """
+    table = Table(title=title, caption=caption)
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if index else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def _table_rows(

@@ -1,0 +1,229 @@
+"""The recipe of tasks in a row: methods differ where they should, figures add up, and no run is repeated."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sequential_llama as recipe
+import torch
+from datasets import Dataset
+
+from kalman_peft.metrics import continual_metrics
+from recipe_tools.domains import load_domain, split_spec
+from recipe_tools.plots import look
+from recipe_tools.sequence_report import as_matrix, run_figures, summarise_sequences, table_cells
+from recipe_tools.sequences import KINDS, averages, canonical, mixed, noise_of, read_method
+from recipe_tools.targets import GENERATED
+
+
+METHODS = [
+    "sequential", "l2:to=start,strength=1e3", "ewc:strength=1e4",
+    "filter:structure=low_rank,rank=2,q=1e-3,layers=layers\\.1\\.", "filter", "loko:q=1e-3", "replay:share=0.3",
+    "separate", "joint",
+]  # fmt: skip
+
+
+@pytest.fixture
+def arguments(tmp_path, tokenizer, model):
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    for name, words in {"ab": "ab", "cd": "cd"}.items():
+        rows = [{"question": f"{name} {k}", "answer": words * (1 + k % 3)} for k in range(40)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    texts = [{"text": f"some general words, number {k}, of which nothing is learnt and which should stay " * 2}
+             for k in range(6)]  # fmt: skip
+    (tmp_path / "text.jsonl").write_text("\n".join(map(json.dumps, texts)))
+    return [
+        "--model", str(tmp_path / "model"), "--domains", *(f"{n}:{tmp_path / n}.jsonl" for n in ("ab", "cd")),
+        "--text", str(tmp_path / "text.jsonl"), "--max_steps", "3", "--batch_size", "2", "--r", "2", "--eval_items",
+        "3", "--text_items", "2", "--curvature_samples", "3", "--learning_rate", "2e-2", "--threads", "1",
+        "--output_dir", str(tmp_path / "out"),
+    ]  # fmt: skip
+
+
+def stored(folder):
+    found = {}
+    for path in sorted((folder / "runs").glob("*.json")):
+        record = json.loads(path.read_text())
+        found[(record["run"]["method"], record["run"]["order"], record["run"]["seed"])] = record
+    return found
+
+
+def test_all_methods_run_once_and_their_figures_add_up(arguments, tmp_path, monkeypatch):
+    arguments = [*arguments, "--methods", *METHODS]
+    summary, folder = recipe.main(arguments), tmp_path / "out"
+    runs = {method: record for (method, _, _), record in stored(folder).items()}
+    assert runs.keys() == set(map(canonical, METHODS)) and len(runs) == len(METHODS)
+    assert not (folder / "states").exists() or not list((folder / "states").iterdir())
+    first = as_matrix(runs["sequential"]["scores"])
+    for method, run in runs.items():
+        matrix = as_matrix(run["scores"])
+        assert matrix.shape == (3, 2) and matrix[0] == pytest.approx(first[0])
+        if run["kind"] in ("replay", "separate"):  # the first task is the same as without
+            assert matrix[1, 0] == pytest.approx(first[1, 0], abs=1e-5)
+        if method != "sequential" and run["kind"] != "joint":
+            assert matrix[2, 1] != first[2, 1]
+    assert np.isnan(as_matrix(runs["separate"]["scores"])[1:]).sum() == 2
+    assert np.isnan(as_matrix(runs["joint"]["scores"])[1]).all()
+    results = summary["results"]["0,1"]
+    assert results["sequential"]["forgetting"]["mean"] == continual_metrics(first, False)["forgetting"]
+    assert results["joint"]["minus_first"]["mean"] == pytest.approx(
+        as_matrix(runs["joint"]["scores"])[-1].mean() - first[-1].mean()
+    )
+    # A strong pull to the start keeps the start; sequential training does not.
+    held = as_matrix(runs["l2:to=start,strength=1000"]["scores"])
+    assert abs(held[2] - held[0]).max() < abs(first[2] - first[0]).max()
+    smoothed = {name for name in results if name.endswith(", smoothed")}
+    assert smoothed == {f"{canonical(m)}, smoothed" for m in METHODS if "q=" in m}
+    assert results["sequential, neighbours averaged"]["learning_loss"]["mean"] > 0
+    # Process noise lets go of something; without any, all is kept.
+    kept = {method: run["figures"][1]["stability"] for method, run in runs.items() if run["figures"]}
+    assert kept["filter:structure=ekfac"] == kept["ewc:strength=10000"] == 1
+    assert all(0 < kept[canonical(method)] < 1 for method in METHODS if "q=" in method)
+    report = (folder / "report.md").read_text()
+    assert "| sequential |" in report and "cd.jsonl" in report and str(tmp_path) not in report
+    pictures = {path.name for path in (folder / "order-0,1").iterdir()}
+    assert {"learning_forgetting.png", "matrix-sequential.png"} <= pictures and len(pictures) == len(METHODS) - 1
+
+    monkeypatch.setattr(recipe, "learn", lambda *_: pytest.fail("a run was repeated"))
+    assert recipe.main(arguments) == summary
+    with pytest.raises(ValueError, match="other settings"):
+        recipe.main([*arguments, "--lora_alpha", "3"])
+
+
+def test_orders_and_seeds_are_paired(arguments, tmp_path):
+    arguments = [*arguments, "--methods", "sequential", "--orders", "0,1", "1,0", "--seeds", "0", "1"]
+    summary, runs = recipe.main([*arguments, "--keep_states"]), stored(tmp_path / "out")
+    assert runs["sequential", "1,0", 1]["names"] == ["cd", "ab"] and len(runs) == 4
+    assert summary["results"].keys() == {"all orders", "0,1", "1,0"}
+    found = [
+        run_figures(runs["sequential", order, seed])[""]["average_loss"] for order in ("0,1", "1,0") for seed in (0, 1)
+    ]
+    cell = summary["results"]["all orders"]["sequential"]["average_loss"]
+    assert cell["mean"] == pytest.approx(np.mean(found)) and cell["ci95"] == pytest.approx(
+        3.182 * np.std(found, ddof=1) / 2
+    )
+    # Held-out rows are the same whatever the order and the seed.
+    starts = [dict(zip(run["names"], run["scores"][0], strict=True)) for run in runs.values()]
+    assert all(start == pytest.approx(starts[0]) for start in starts)
+
+
+def test_a_killed_filter_goes_on_from_its_files(arguments, tmp_path, monkeypatch):
+    arguments = [*arguments, "--methods", "filter:structure=diagonal,q=1e-3"]
+    write = recipe.write_json
+    monkeypatch.setattr(recipe, "write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        recipe.main(arguments)
+    monkeypatch.setattr(recipe, "write_json", write)
+    learner = recipe.learn.__globals__["ContinualLearner"]
+    monkeypatch.setattr(learner, "_train", lambda *_: pytest.fail("a task was learnt again"))
+    recipe.main(arguments)
+    assert len(stored(tmp_path / "out")) == 1
+
+
+# -- parts ---------------------------------------------------------------------------------------------------------
+
+
+def test_replay_takes_the_place_of_the_tasks_own_rows():
+    tasks = [Dataset.from_list([{"task": t, "row": k} for k in range(20)]) for t in range(3)]
+    for share, expected in ((0.01, {2: 19, 1: 1}), (0.05, {2: 19, 1: 1}), (0.25, {2: 15, 1: 3, 0: 2})):
+        rows = mixed(tasks[2], tasks[:2], share, seed=0)
+        counts = {t: rows["task"][:].count(t) for t in set(rows["task"][:])}
+        assert counts == expected and len(rows) == 20
+
+
+def test_neighbours_are_averaged():
+    found = averages([{"w": torch.tensor(float(x))} for x in (1, 3, 8)])
+    assert [float(adapter["w"]) for adapter in found] == [2, 4, 5.5]
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("filter", "filter:structure=ekfac"),
+        ("filter:q=1e-04,structure=diagonal,strength=1", "filter:structure=diagonal,q=0.0001"),
+        ("l2:strength=1e-3", "l2:to=previous"),
+        ("joint", "joint"),
+    ],
+)
+def test_methods_have_one_spelling(text, expected):
+    assert canonical(text) == canonical(expected) == expected
+
+
+def test_noise_goes_where_layers_says():
+    assert noise_of(read_method("filter:q=0.5")[1]) == 0.5
+    assert noise_of(read_method("loko:q=0.5,layers=layers\\.(2[0-9])\\.")[1]) == {"layers\\.(2[0-9])\\.": 0.5}
+
+
+def test_differences_are_to_the_first_method():
+    run = {"kind": "x", "own": {}, "seconds": 1.0, "text": {"before": 1.0, "after": {"loss": 1.5, "kl": 0.2}}}
+    runs = {name: [run | {"scores": [[2.0, 2.0], [1.0, 2.0], [last, 1.0]]}] for name, last in (("a", 3.0), ("b", 1.5))}
+    result = summarise_sequences(runs)
+    assert "minus_first" not in result["a"] and result["b"]["minus_first"]["mean"] == pytest.approx(-0.75)
+    assert result["a"]["forgetting"]["mean"] == 2 and result["b"]["text_rise"]["mean"] == 0.5
+    headings, rows = table_cells(result, "news")
+    assert "rise of news loss" in headings and "minus a" in headings and rows[1][2] == "-0.750"
+
+
+def test_no_two_of_many_methods_look_alike():
+    assert len({look(index) for index in range(len(recipe.METHODS))}) == len(recipe.METHODS)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("reasoning_gym"), reason="reasoning-gym is not installed")
+def test_generated_domains_differ_from_each_other_and_hold_out_rows():
+    first, second = (load_domain(name, limit_train=6, limit_eval=4, seed=1) for name in GENERATED[1:3])
+    assert (len(first.train), len(first.heldout)) == (6, 4)
+    assert not set(first.train["question"]) & {*first.heldout["question"], *second.train["question"]}
+    again = load_domain(GENERATED[1], limit_train=6, limit_eval=4, seed=2)
+    assert again.heldout[:] == first.heldout[:] and again.train[:] != first.train[:]
+    assert GENERATED[1] in first.provenance and GENERATED[2] not in first.provenance
+
+
+def test_a_domain_is_a_name_and_its_data(tmp_path):
+    assert split_spec("caesar_cipher") == ("caesar_cipher",) * 2
+    assert split_spec("chat:owner/name:part") == ("chat", "owner/name:part")
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"question": str(k), "answer": "a"}) for k in range(20)))
+    domain = load_domain(f"x:{tmp_path / 'rows.jsonl'}", limit_train=4, limit_eval=2, seed=0)
+    assert (domain.name, len(domain.train), len(domain.heldout)) == ("x", 4, 2)
+    with pytest.raises(ValueError, match="is no domain"):
+        split_spec("owner/name")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--domains", "caesar_cipher"], "at least two"),
+        (["--domains", "caesar_cipher", "x:y.jsonl", "x:z.jsonl"], "a name twice"),
+        (["--orders", "0,1"], "each must name the places"),
+        (["--orders", "a,1,2"], "each must name the places"),
+        (["--methods", "lion"], "the kind is none of"),
+        (["--methods", "ewc:q=1"], "ewc has no option"),
+        (["--methods", "filter:structure=kronecker"], "structure must be one of"),
+        (["--methods", "filter:layers=x"], "give q= too"),
+        (["--methods", "filter:rank=3"], "goes with structure=low_rank"),
+        (["--methods", "filter:decay=2"], "decay must be in"),
+        (["--methods", "filter:prior=0"], "prior must be above 0"),
+        (["--methods", "replay:share=0"], "between 0 and 1"),
+        (["--max_steps", "0"], "must be positive"),
+    ],
+)
+def test_raises_when_options_do_not_fit(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        recipe.parse(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_the_file_of_the_whole_grid_is_read():
+    file = Path(recipe.__file__).with_suffix(".yaml")
+    options = recipe.parse(["--config", str(file), "--seeds", "5"])
+    assert options.seeds == [5] and len(options.orders) == 2 and len(options.domains) == 4
+    assert {read_method(method)[0] for method in options.methods} == KINDS.keys()
+
+
+def test_raises_under_a_launcher(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        recipe.parse([])
+    assert "one process" in capsys.readouterr().err
