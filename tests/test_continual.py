@@ -401,3 +401,9 @@ def test_loko_with_weights_outside_the_factors_is_refused(tmp_path):
     randomise_b(made)
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="outside the adapter's factors"):
         learner(tmp_path, made=made, configured={"optimizer": "loko"})
+
+
+def test_options_of_the_curvature_are_not_called_useless(tmp_path, recwarn):
+    run = learner(tmp_path, configured={"laplace_fisher": "empirical"})
+    run.learn(NAMES[0], TASKS[NAMES[0]])
+    assert not [w for w in recwarn if "laplace_fisher" in str(w.message)]

@@ -81,7 +81,9 @@ class TaskRuns(History):
             belief = absolute(Belief.from_pretrained(work / MODE), predicted=before)
         else:
             args, seed = plain_arguments(self.args, work), self.args.seed + index
-            trainer = TaskTrainer(self.model, args, train_dataset=data, **own_callbacks(self.trainer_options))
+            trainer = TaskTrainer(
+                self.model, args, train_dataset=data, belief=predicted, **own_callbacks(self.trainer_options)
+            )
             options = args.curvature_options() | {"structure": self.structure, "space": "adapter"}
             loader = trainer.sample_loader(self.curvature_samples, seed)
             precision, info["curvature"] = estimate_curvature(
