@@ -1,5 +1,6 @@
 """The recipe of permuted digits: its tasks, its methods against loops by hand, its files."""
 
+import gzip
 import json
 import math
 
@@ -18,9 +19,19 @@ from recipe_tools.images import load_images
 HOW = Training(epochs=2, batch_size=32, learning_rate=1e-2, curvature_samples=60)
 
 
-@pytest.fixture(scope="module")
-def images():
-    return load_images("digits")
+@pytest.fixture(scope="module", autouse=True)
+def images(tmp_path_factory):
+    """Ten patterns of 8 x 8 pixels and noise, in the file of scikit-learn's digits."""
+    generator = torch.Generator().manual_seed(0)
+    patterns = torch.randint(0, 17, (10, 64), generator=generator)
+    labels = torch.randint(0, 10, (600,), generator=generator)
+    pixels = (patterns[labels] + 3 * torch.randn(600, 64, generator=generator)).round().clamp(0, 16).long()
+    rows = torch.cat([pixels, labels[:, None]], dim=1).tolist()
+    path = tmp_path_factory.mktemp("digits") / "digits.csv.gz"
+    path.write_bytes(gzip.compress("\n".join(",".join(map(str, row)) for row in rows).encode()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("recipe_tools.images.package_path", lambda *_: path)
+        yield load_images("digits")
 
 
 def tasks_of(images, number=2, kind="permuted"):

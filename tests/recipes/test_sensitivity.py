@@ -87,7 +87,7 @@ def test_knobs_on_a_stream_are_measured_once(tmp_path, text_arguments, monkeypat
     knobs = ["max_decrease", "block_limit", "noise_decay:regression"]
     record = benchmark.main([*text_arguments, "--knobs", *knobs])
     found = record["knobs"]["max_decrease"]
-    assert found["values"] == pytest.approx([0.05, 0.15, 0.5, 1.5, 5]) and len(set(found["losses"])) > 3
+    assert found["values"] == pytest.approx([0.05, 0.15, 0.5, 1.5, 5]) and len(set(found["losses"])) > 2
     assert found["losses"][2] == found["default"]
     runs = tmp_path / "out" / "runs" / "b8"
     assert len(list(runs.iterdir())) == 2 * 5  # by seed; not twice at the default
