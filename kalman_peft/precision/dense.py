@@ -75,7 +75,7 @@ class DensePrecision(AdapterPrecision):
         return type(self)(weight * self.matrix + other_weight * other.matrix.to(self.matrix), self.layout.shapes)
 
     def predict(self, process_noise: float | Mapping[str, float | Tensor]) -> Self:
-        """(Lambda^-1 + Q)^-1 = R^T (I + R Q R^T)^-1 R with Lambda = R^T R: exact, without cancellation for large Q.
+        """(Lambda^-1 + Q)^-1, exact; see [`diffuse_dense`].
 
         Args:
             process_noise (`float` or `Mapping[str, float | Tensor]`):
@@ -85,12 +85,7 @@ class DensePrecision(AdapterPrecision):
             `Precision`: Of the same structure.
         """
         noise = self.layout.noise(process_noise, self.matrix)
-        values, vectors = torch.linalg.eigh(self.matrix.double())
-        root = values.clamp(min=0).sqrt()[:, None] * vectors.mT
-        inner = (root * noise.double()) @ root.mT
-        inner.diagonal().add_(1)
-        half = torch.linalg.solve_triangular(torch.linalg.cholesky(inner), root, upper=False)
-        return type(self)((half.mT @ half).to(self.matrix), self.layout.shapes)
+        return type(self)(diffuse_dense(self.matrix, noise), self.layout.shapes)
 
     def to_dense(self) -> Tensor:
         """The matrix itself."""
@@ -129,7 +124,9 @@ class DensePrecision(AdapterPrecision):
 
 
 def diffuse_dense(matrix: Tensor, noise: Tensor) -> Tensor:
-    """(Lambda^-1 + Q)^-1 = Lambda - Lambda W (I + W Lambda W)^-1 W Lambda with W = Q^1/2, for singular Lambda too.
+    """(Lambda^-1 + Q)^-1 = R^T (I + R Q R^T)^-1 R with Lambda = R^T R, for singular Lambda too.
+
+    Nothing cancels, however large Q is; Lambda - Lambda (Lambda + Q^-1)^-1 Lambda would.
 
     Args:
         matrix (`Tensor`): Lambda, shape (..., D, D).
@@ -138,13 +135,12 @@ def diffuse_dense(matrix: Tensor, noise: Tensor) -> Tensor:
     Returns:
         `Tensor`: Shape (..., D, D), symmetric.
     """
-    root = noise.sqrt()
-    scaled = root[..., :, None] * matrix  # W Lambda
-    inner = scaled * root[..., None, :]
+    values, vectors = torch.linalg.eigh(matrix.double())
+    root = values.clamp(min=0).sqrt()[..., :, None] * vectors.mT
+    inner = (root * noise.double()[..., None, :]) @ root.mT
     inner.diagonal(dim1=-2, dim2=-1).add_(1)
-    factor = torch.linalg.cholesky(inner.double())
-    half = torch.linalg.solve_triangular(factor, scaled.double(), upper=False)
-    return matrix - (half.mT @ half).to(matrix)
+    half = torch.linalg.solve_triangular(torch.linalg.cholesky(inner), root, upper=False)
+    return (half.mT @ half).to(matrix)
 
 
 def shapes_from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
