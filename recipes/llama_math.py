@@ -10,17 +10,15 @@ method the adapter, the belief, a model card and a JSON report (in the shape of 
 over all methods (report.md), and two pictures: the learning-forgetting plane and the learning curves.
 """
 
-import argparse
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-import yaml
 from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig, get_peft_model
@@ -29,7 +27,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     DataCollatorForSeq2Seq,
-    HfArgumentParser,
     TrainerCallback,
     set_seed,
 )
@@ -38,6 +35,7 @@ from kalman_peft import Belief, KalmanConfig, KalmanTrainer
 from kalman_peft.curvature.fisher import FISHERS
 from kalman_peft.curvature.memory import STRUCTURES
 from recipe_tools.answers import answer_accuracy, teacher_forced_answer_accuracy
+from recipe_tools.arguments import parser_with_config
 from recipe_tools.choices import load_choices
 from recipe_tools.encoding import tokenize, tokenize_supervised
 from recipe_tools.evaluate import choice_accuracy, kl_from_base, text_loss
@@ -115,10 +113,6 @@ class Options:
     seed: int = field(default=0, metadata={"help": "Of data order, adapter and label draws."})
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The examples as they are written, and every default."""
-
-
 def parse(arguments: list[str]) -> Options:
     """Read options from the command line, on top of a YAML file if `--config` names one.
 
@@ -128,17 +122,7 @@ def parse(arguments: list[str]) -> Options:
     Returns:
         `Options`: All checked against the known names.
     """
-    early = argparse.ArgumentParser(add_help=False)
-    early.add_argument("--config", type=Path)
-    known, rest = early.parse_known_args(arguments)
-    parser = HfArgumentParser(Options, description=__doc__, formatter_class=_Help)  # type: ignore[arg-type]
-    parser.add_argument("--config", help="YAML file with any of these options; the command line goes before it.")
-    if known.config:
-        values = yaml.safe_load(known.config.read_text()) or {}
-        unknown = sorted(values.keys() - {f.name for f in fields(Options)})
-        if unknown:
-            parser.error(f"{known.config}: unknown options {unknown}")
-        parser.set_defaults(**values)
+    parser, rest = parser_with_config(Options, __doc__, arguments)
     (options, _) = parser.parse_args_into_dataclasses(rest, look_for_args_file=False)
     unknown = sorted(set(options.methods) - LABELS.keys())
     if unknown:

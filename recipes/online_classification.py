@@ -18,7 +18,6 @@ A method is "adamw:RATE", "adagrad:RATE", "sgd:RATE", or "loko:OPTION=VALUE,..."
 not tuned. Every run is a file of its own under --output_dir; runs that are there are not repeated.
 """
 
-import argparse
 import json
 import re
 import statistics
@@ -33,6 +32,7 @@ from rich.console import Console
 from transformers import HfArgumentParser, set_seed
 from transformers.utils import logging
 
+from recipe_tools.arguments import Help
 from recipe_tools.labelled import TEXT_TASKS
 from recipe_tools.online_report import online_markdown, online_table, plot_online, summarise_runs
 from recipe_tools.prequential import RATED, Learner, Trace, canonical, run_stream, summarise, to_record
@@ -101,10 +101,6 @@ class Options:
     output_dir: str = field(default="outputs/online", metadata={"help": "A folder per task is made in it."})
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The text as it is written, and every default."""
-
-
 def parse(arguments: list[str]) -> Options:
     """Read and check options.
 
@@ -114,7 +110,7 @@ def parse(arguments: list[str]) -> Options:
     Returns:
         `Options`: With methods in their canonical form and `model` filled in.
     """
-    parser = HfArgumentParser(Options, description=__doc__, formatter_class=_Help)  # type: ignore[arg-type]
+    parser = HfArgumentParser(Options, description=__doc__, formatter_class=Help)  # type: ignore[arg-type]
     (o,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     text = o.task in TEXT_TASKS
     o.model = o.model or ("minilm" if text else "vit")

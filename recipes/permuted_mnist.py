@@ -13,7 +13,6 @@ A seed is a base, an adapter, permutations and draws, the same for all methods. 
 that are there are not repeated. Tables hold means over seeds and 95 % intervals by Student's t.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -33,6 +32,7 @@ from transformers import HfArgumentParser
 
 from kalman_peft.metrics import continual_metrics
 from kalman_peft.plots import plot_accuracy_matrix
+from recipe_tools.arguments import Help
 from recipe_tools.continual_methods import Method, Training, run
 from recipe_tools.image_tasks import KINDS, make_mlp, make_tasks
 from recipe_tools.images import Images, load_images
@@ -80,10 +80,6 @@ class Options:
     output_dir: str = field(default="outputs/permuted", metadata={"help": "For runs, tables and figures."})
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The text as it is written, and every default."""
-
-
 def parse(arguments: list[str]) -> Options:
     """Read and check options.
 
@@ -93,7 +89,7 @@ def parse(arguments: list[str]) -> Options:
     Returns:
         `Options`: With methods in their canonical form.
     """
-    parser = HfArgumentParser(Options, description=__doc__, formatter_class=_Help)  # type: ignore[arg-type]
+    parser = HfArgumentParser(Options, description=__doc__, formatter_class=Help)  # type: ignore[arg-type]
     (o,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     if o.kind not in KINDS or not o.methods or not o.seeds:
         parser.error(f"--kind must be one of {KINDS}; --methods and --seeds need at least one entry")

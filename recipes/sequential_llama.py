@@ -24,26 +24,25 @@ All methods of a seed begin with the same adapter and see the same rows. Every r
 --output_dir; runs that are there are not repeated. One process.
 """
 
-import argparse
 import json
 import os
 import re
 import shutil
 import sys
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, HfArgumentParser, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, set_seed
 from transformers.utils import logging
 
 from kalman_peft import AdapterState, KalmanConfig
+from recipe_tools.arguments import parser_with_config
 from recipe_tools.domains import TEXTS, Domain, load_domain, split_spec
 from recipe_tools.encoding import tokenize
 from recipe_tools.evaluate import kl_from_base, text_loss
@@ -114,10 +113,6 @@ class Options:
     output_dir: str = field(default="outputs/sequential_llama", metadata={"help": "Where everything is written."})
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The text as it is written, and every default."""
-
-
 def parse(arguments: list[str]) -> Options:
     """Read and check options, on top of a YAML file if `--config` names one.
 
@@ -127,17 +122,7 @@ def parse(arguments: list[str]) -> Options:
     Returns:
         `Options`: With methods in one spelling, and at least one order.
     """
-    early = argparse.ArgumentParser(add_help=False)
-    early.add_argument("--config", type=Path)
-    known, rest = early.parse_known_args(arguments)
-    parser = HfArgumentParser(Options, description=__doc__, formatter_class=_Help)  # type: ignore[arg-type]
-    parser.add_argument("--config", help="YAML file with any of these options; the command line goes before it.")
-    if known.config:
-        values = yaml.safe_load(known.config.read_text()) or {}
-        unknown = sorted(values.keys() - {f.name for f in fields(Options)})
-        if unknown:
-            parser.error(f"{known.config}: unknown options {unknown}")
-        parser.set_defaults(**values)
+    parser, rest = parser_with_config(Options, __doc__, arguments)
     (o, _) = parser.parse_args_into_dataclasses(rest, look_for_args_file=False)
     o.orders = list(dict.fromkeys(o.orders)) or [",".join(map(str, range(len(o.domains))))]
     whole = sorted(range(len(o.domains)))

@@ -14,7 +14,6 @@ Runs that are there already are not repeated.
     python recipes/benchmarks/sensitivity.py --task lm --knobs max_decrease rank    # SmolLM2-135M, GSM8K
 """
 
-import argparse
 import json
 import sys
 from dataclasses import dataclass, field
@@ -33,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from sensitivity_plot import plot_sensitivity
 from sensitivity_runs import LanguageRuns, RegressionRuns, Setting, TextRuns
 
+from recipe_tools.arguments import Help
 from recipe_tools.labelled import TEXT_TASKS
 from recipe_tools.report import write_json
 
@@ -147,10 +147,6 @@ class Options:
     output_dir: str = field(default="outputs/sensitivity", metadata={"help": "Folder for runs, JSON and PNG."})
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The text as it is written, and every default."""
-
-
 def parse(arguments: list[str]) -> tuple[Options, dict[str, Knob]]:
     """Read and check options.
 
@@ -160,7 +156,7 @@ def parse(arguments: list[str]) -> tuple[Options, dict[str, Knob]]:
     Returns:
         `tuple[Options, dict[str, Knob]]`: With defaults that depend on the task filled in; and the knobs by name.
     """
-    parser = HfArgumentParser(Options, description=__doc__, formatter_class=_Help)  # type: ignore[arg-type]
+    parser = HfArgumentParser(Options, description=__doc__, formatter_class=Help)  # type: ignore[arg-type]
     (o,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     if o.task not in (*TEXT_TASKS, "lm"):
         parser.error(f"--task {o.task}: expected one of {[*TEXT_TASKS, 'lm']}")
