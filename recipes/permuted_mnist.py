@@ -16,7 +16,7 @@ that are there are not repeated. Tables hold means over seeds and 95 % intervals
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,18 +27,18 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.table import Table
 from transformers import HfArgumentParser
 
 from kalman_peft.metrics import continual_metrics
 from kalman_peft.plots import plot_accuracy_matrix
 from recipe_tools.arguments import Help
 from recipe_tools.continual_methods import Method, Training, run
-from recipe_tools.image_tasks import KINDS, make_mlp, make_tasks
+from recipe_tools.image_tasks import KINDS, between_rotations, make_mlp, make_tasks
 from recipe_tools.images import Images, load_images
-from recipe_tools.online_report import interval
+from recipe_tools.online_report import interval, show_interval
 from recipe_tools.plots import COLOURS, MARKERS, STYLE
 from recipe_tools.report import write_json
+from recipe_tools.tables import console_table, markdown
 
 
 DEFAULT_METHODS = [
@@ -48,12 +48,14 @@ DEFAULT_METHODS = [
     "filter:structure=diagonal", "filter:structure=ekfac",
     *(f"filter:structure=ekfac,q={q}{where}" for q in ("1e-5", "1e-4", "1e-3") for where in ("", ",where=first")),
 ]  # fmt: skip
+ORDERS = ("given", "reversed")
 # What a run does not depend on.
-FREE = ("methods", "seeds", "threads", "output_dir", "images")
+FREE = ("methods", "seeds", "orders", "threads", "output_dir", "images")
+CAPTION = "Accuracy, ± 95 % over runs (Student's t)."
 COLUMNS = {
     "average_accuracy": "average accuracy", "learning_accuracy": "just after learning", "forgetting": "forgetting",
     "forward_transfer": "forward transfer", "smoothed": "own adapter, smoothed", "averaged": "own, averaged",
-    "seconds": "s",
+    "before": "half-way on: adapter before", "both": "mean of both", "interpolated": "interpolated", "seconds": "s",
 }  # fmt: skip
 
 
@@ -75,7 +77,10 @@ class Options:
     learning_rate: float = field(default=1e-2, metadata={"help": "Of AdamW."})
     curvature_samples: int = field(default=500, metadata={"help": "Images for the curvature of a task."})
     methods: list[str] = field(default_factory=lambda: list(DEFAULT_METHODS), metadata={"help": "See above."})
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "One run each."})
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "One run each, in each order."})
+    orders: list[str] = field(
+        default_factory=lambda: ["given"], metadata={"help": f"Of the tasks, some of {ORDERS}: one run each."}
+    )
     threads: int = field(default=1, metadata={"help": "Threads of torch."})
     output_dir: str = field(default="outputs/permuted", metadata={"help": "For runs, tables and figures."})
 
@@ -93,6 +98,8 @@ def parse(arguments: list[str]) -> Options:
     (o,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     if o.kind not in KINDS or not o.methods or not o.seeds:
         parser.error(f"--kind must be one of {KINDS}; --methods and --seeds need at least one entry")
+    if not o.orders or set(o.orders) - set(ORDERS):
+        parser.error(f"--orders must be some of {ORDERS}, got {o.orders}")
     if min(o.tasks, o.samples, o.heldout, o.epochs, o.batch_size) < 1:
         parser.error("--tasks, --samples, --heldout, --epochs and --batch_size must be at least 1")
     try:
@@ -102,7 +109,9 @@ def parse(arguments: list[str]) -> Options:
     return o
 
 
-def run_once(o: Options, images: tuple[Images, Images, str], text: str, seed: int, folder: Path) -> dict[str, Any]:
+def run_once(
+    o: Options, images: tuple[Images, Images, str], text: str, seed: int, order: str, folder: Path
+) -> dict[str, Any]:
     """One run, from its file if it is there.
 
     Args:
@@ -110,6 +119,7 @@ def run_once(o: Options, images: tuple[Images, Images, str], text: str, seed: in
         images (`tuple[Images, Images, str]`): To train on, to test on, and what they are.
         text (`str`): The method.
         seed (`int`): Of everything.
+        order (`str`): One of `ORDERS`.
         folder (`Path`): For the file.
 
     Returns:
@@ -118,18 +128,21 @@ def run_once(o: Options, images: tuple[Images, Images, str], text: str, seed: in
     Raises:
         ValueError: The file is of other settings.
     """
-    file = folder / "runs" / f"{text.replace(':', '+')}-s{seed}.json"
+    file = folder / "runs" / f"{text.replace(':', '+')}-s{seed}-{order}.json"
     settings = {key: value for key, value in asdict(o).items() if key not in FREE} | {"provenance": images[2]}
-    identity = {"method": text, "seed": seed, "settings": settings}
+    identity = {"method": text, "seed": seed, "order": order, "settings": settings}
     if file.exists():
         record = json.loads(file.read_text())
         if record["run"] != identity:
             raise ValueError(f"{file} is a run with other settings: {record['run']}. Choose another --output_dir.")
         return record["result"]
     tasks = make_tasks(o.kind, images[0], images[1], o.tasks, o.samples, o.heldout, seed)
+    between = between_rotations(images[1], o.tasks, o.heldout, seed) if o.kind == "rotated" else []
+    if order == "reversed":
+        tasks, between = tasks[::-1], between[::-1]
     model = make_mlp(tasks[0].train["pixel_values"].shape[1], o.hidden, o.layers, o.r, seed)
     how = Training(o.epochs, o.batch_size, o.learning_rate, o.curvature_samples)
-    result = asdict(run(Method.parse(text), model, tasks, how, seed))
+    result = asdict(run(Method.parse(text), model, tasks, how, seed, between))
     result["scores"] = [[None if math.isnan(s) else s for s in row] for row in result["scores"]]
     write_json({"run": identity, "result": result}, file)
     return result
@@ -146,7 +159,7 @@ def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | 
     """
     rows = [
         continual_metrics(np.array(one["scores"], dtype=float))
-        | {name: sum(values) / len(values) for name, values in one["own"].items()}
+        | {name: sum(values) / len(values) for name, values in (one["own"] | one["between"]).items()}
         | {"seconds": one["seconds"]}
         for one in runs
     ]
@@ -156,15 +169,11 @@ def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | 
     return {name: interval([row[name] for row in rows]) for name in kept}
 
 
-def cells(result: Mapping[str, Mapping[str, float | None]]) -> list[str]:
+def cells(result: Mapping[str, Mapping[str, float | None]], shown: Iterable[str]) -> list[str]:
     """One row of the table as text; empty where a method has no such number."""
-    found = []
-    for name in COLUMNS:
-        mean, wide = (result.get(name, {}).get(key) for key in ("mean", "ci95"))
-        digits = 1 if name == "seconds" else 3
-        text = "" if mean is None else f"{mean:.{digits}f}"
-        found.append(text + (f" ± {wide:.{digits}f}" if wide is not None and name != "seconds" else ""))
-    return found
+    return [
+        show_interval(result[name], ".1f" if name == "seconds" else ".3f") if name in result else "" for name in shown
+    ]
 
 
 def plot_traces(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
@@ -205,17 +214,16 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     images = load_images(o.data, o.images)
     runs: dict[str, list[dict[str, Any]]] = {}
     for method in o.methods:
-        runs[method] = [run_once(o, images, method, seed, folder) for seed in o.seeds]
+        runs[method] = [run_once(o, images, method, seed, order, folder) for order in o.orders for seed in o.seeds]
         console.print(f"{method}: {summarise(runs[method])['average_accuracy']['mean']:.3f}")
     results = {method: summarise(every) for method, every in runs.items()}
-    heading = f"{o.data}, {o.tasks} {o.kind} tasks, {o.samples} images each, {len(o.seeds)} seeds"
-    table = Table("method", *COLUMNS.values(), title=heading)
-    lines = [f"| {heading} | " + " | ".join(COLUMNS.values()) + " |", "|---" + "|---:" * len(COLUMNS) + "|"]
-    for method, result in results.items():
-        table.add_row(method, *cells(result))
-        lines.append(f"| {method} | " + " | ".join(cells(result)) + " |")
-    console.print(table)
-    (folder / "report.md").write_text("\n".join(lines) + f"\n\nData: {images[2]}.\n")
+    heading = f"{o.data}, {o.tasks} {o.kind} tasks, {o.samples} images each, {len(o.seeds) * len(o.orders)} runs"
+    shown = {key: name for key, name in COLUMNS.items() if any(key in result for result in results.values())}
+    headings, rows = ["method", *shown.values()], [[m, *cells(result, shown)] for m, result in results.items()]
+    console.print(console_table(headings, rows, heading, CAPTION))
+    (folder / "report.md").write_text(
+        f"### {heading}\n\n{markdown(headings, rows)}\n{CAPTION}\n\nData: {images[2]}.\n", encoding="utf-8"
+    )
     summary = {"settings": asdict(o) | {"images": Path(o.images).name}, "results": results}
     write_json(summary, folder / "summary.json")
     filtered = {method: every for method, every in runs.items() if every[0]["figures"]}

@@ -20,6 +20,7 @@ that needs no hub. An order is a list of places among --domains. Methods are KIN
     separate     an adapter per task, each from the start: no transfer, nothing to forget
     joint        all tasks at once, in as many steps: what is to be had
 
+All but loko take lr, a learning rate of their own in place of --learning_rate.
 All methods of a seed begin with the same adapter and see the same rows. Every run is a file of its own under
 --output_dir; runs that are there are not repeated. One process.
 """

@@ -1,14 +1,17 @@
 """Records of tasks in files: bit for bit, and refused where they do not belong together."""
 
+import gc
 import os
+import weakref
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from state_space import F64, LAYOUT, SHAPES, STRUCTURES, rand, run, start_state
 
-from kalman_peft import Belief, BeliefError, TaskRecord, Transition, initial_belief, smooth
-from kalman_peft.filtering import increment_of
+from kalman_peft import Belief, BeliefError, TaskRecord, Transition, initial_belief, interpolate, smooth
+from kalman_peft.continual.stored import Stored
+from kalman_peft.filtering import increment_of, smooth_each
 
 
 A0, _, A1, _ = SHAPES
@@ -42,6 +45,33 @@ def test_records_come_back_bit_for_bit(tmp_path, structure, dtype):
     for one, other in zip(smooth(records, start=prior.mean), smooth(again, start=prior.mean), strict=True):
         same(one.precision, other.precision)
         assert all(torch.equal(one.mean[k], other.mean[k]) for k in SHAPES)
+
+
+@pytest.mark.parametrize("covariance", [True, False])
+def test_smoothing_holds_few_records_however_many_there_are(tmp_path, covariance):
+    records, _, _, prior = run("low_rank", [Transition(0.1, 0.9)] * 9)
+    folders = [tmp_path / str(t) for t in range(len(records))]
+    for record, folder in zip(records, folders, strict=True):
+        record.save_pretrained(folder)
+    alive, most = weakref.WeakSet(), 0
+
+    def read(folder):
+        nonlocal most
+        record = TaskRecord.from_pretrained(folder)
+        alive.add(record.belief)
+        gc.collect()
+        most = max(most, len(alive))
+        return record
+
+    stored = Stored(folders, read)
+    found = dict(smooth_each(stored, start=prior.mean, covariance=covariance, rank=6))
+    assert most <= 3
+    for t, expected in enumerate(smooth(records, start=prior.mean, covariance=covariance, rank=6)):
+        same(found[t].precision, expected.precision)
+        assert all(torch.equal(found[t].mean[k], expected.mean[k]) for k in SHAPES)
+    between = interpolate(stored, 3.5, start=prior.mean, rank=6)
+    assert most <= 4
+    same(between.precision, interpolate(records, 3.5, start=prior.mean, rank=6).precision)
 
 
 def test_the_state_before_any_task_comes_back(tmp_path):
@@ -144,8 +174,6 @@ def test_raises_when_records_do_not_fit_each_other():
 
 @pytest.mark.parametrize("position", [-0.5, float("nan"), float("inf")])
 def test_raises_when_the_position_is_no_place(position):
-    from kalman_peft import interpolate
-
     records, _, _, _ = run("diagonal", [Transition(0.1)] * 2)
     with pytest.raises(ValueError, match="position must be"):
         interpolate(records, position)

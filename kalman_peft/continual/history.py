@@ -1,5 +1,6 @@
 """What a [`ContinualLearner`] has learnt: records, smoothed beliefs, scores; and sharing it."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +8,12 @@ import numpy as np
 import torch
 
 from ..belief import Belief
-from ..filtering import TaskRecord, smooth
+from ..filtering import TaskRecord, smooth_each
 from ..metrics import continual_metrics
 from .evaluation import metric_of, score_matrix
 from .sharing import push
 from .store import START_FILE, Entry, Store, fill, read_json, write_moved_adapter
+from .stored import Stored, StoredByName
 
 
 class History:
@@ -22,6 +24,8 @@ class History:
         metric (`str`, *optional*): See [`ContinualLearner`].
     """
 
+    rank: int | None  # of the state, if it is of low rank; set by the learner
+
     def __init__(self, folder: Path, metric: str | None):
         self.store, self.metric = Store(folder), metric
 
@@ -30,31 +34,32 @@ class History:
         """The finished tasks in order: name, folder, data, num_labels, figures of the filter, scores and so on."""
         return [dict(entry) for entry in self.store.entries]
 
-    def records(self) -> list[TaskRecord]:
-        """What the smoother needs of every task, read from the folder; see also [`interpolate`]."""
-        return [TaskRecord.from_pretrained(self.store.task(i)) for i in range(len(self.store.entries))]
+    def records(self) -> Sequence[TaskRecord]:
+        """What the smoother and [`interpolate`] need of every task, each read from its folder when it is asked for."""
+        return Stored([self.store.task(i) for i in range(len(self.store.entries))], TaskRecord.from_pretrained)
 
-    def smooth(self, covariance: bool = True) -> dict[str, Belief]:
+    def smooth(self, covariance: bool = True) -> Mapping[str, Belief]:
         """The belief of every task given the data of all, also as an adapter in `smoothed/<name>/`.
+
+        Two tasks are in memory at a time, however many there are.
 
         Args:
             covariance (`bool`, *optional*, defaults to `True`): Without it only means are smoothed, see [`smooth`];
                 LoKO's beliefs of structure "low_rank" and "ekfac" allow no more.
 
         Returns:
-            `dict[str, Belief]`: By task.
+            `Mapping[str, Belief]`: By task, each read from its folder when it is asked for.
         """
-        beliefs = smooth(self.records(), start=self._initial().mean, covariance=covariance)
-        result = {}
-        for index, (entry, belief) in enumerate(zip(self.store.entries, beliefs, strict=True)):
+        names = [entry["name"] for entry in self.store.entries]
+        backwards = smooth_each(self.records(), start=self._initial().mean, covariance=covariance, rank=self.rank)
+        for index, belief in backwards:
 
             def write(folder: Path, index: int = index, belief: Belief = belief) -> None:
                 write_moved_adapter(self.store.task(index), folder, belief.mean)
                 belief.save_pretrained(folder)
 
-            fill(self.store.smoothed(entry["name"]), write)
-            result[entry["name"]] = belief
-        return result
+            fill(self.store.smoothed(names[index]), write)
+        return StoredByName({name: self.store.smoothed(name) for name in names}, Belief.from_pretrained)
 
     def scores(self) -> tuple[np.ndarray, list[str]]:
         """R[i, j], the score on task j after i tasks, with NaN where it was not measured; and the tasks' names.

@@ -31,7 +31,6 @@ class TaskRuns(History):
     args: Any
     state: AdapterState
     structure: str
-    rank: int | None
     strength: float
     curvature_samples: int
     eval_datasets: dict[str, Any]

@@ -7,7 +7,9 @@ structure. In a linear-Gaussian model both are the marginals of the joint poster
 """
 
 import math
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ from .transition import Transition
 
 
 Start = Mapping[str, Tensor] | None
+Weights = dict[str, Tensor]
 _SMALL_DECAY = 0.1
 
 
@@ -55,20 +58,45 @@ def smooth(
             recovered.
         ValueError: decay < 1 without a start.
     """
-    _check(records)
-    if not covariance:
-        means = smooth_means(records, start=start)
-        return [_smoothed(r.belief, m, r.belief.precision, "filtered") for r, m in zip(records, means, strict=True)]
-    rank = _rank(records) if rank is None else rank
-    mean, result = dict(records[-1].belief.mean), []
-    for t, _, back in _backwards(records, rank, keep_discarded):
-        belief, precision = records[t].belief, records[t].belief.precision
-        if t + 1 < len(records):
-            mean = _step_back(belief, records[t + 1].transition, mean, start)
+    backwards = smooth_each(records, start=start, covariance=covariance, rank=rank, keep_discarded=keep_discarded)
+    return [belief for _, belief in backwards][::-1]
+
+
+def smooth_each(
+    records: Sequence[TaskRecord],
+    *,
+    start: Start = None,
+    covariance: bool = True,
+    rank: int | None = None,
+    keep_discarded: bool = True,
+) -> Iterator[tuple[int, Belief]]:
+    """As [`smooth`], one belief at a time from the last task to the first: two records are in memory at once, if
+    `records` reads them when they are asked for, however long the sequence.
+
+    Args:
+        records (`Sequence[TaskRecord]`): See [`smooth`], as all arguments.
+        start (`Mapping[str, Tensor]`, *optional*): See there.
+        covariance (`bool`, *optional*, defaults to `True`): See there.
+        rank (`int`, *optional*): See there.
+        keep_discarded (`bool`, *optional*, defaults to `True`): See there.
+
+    Yields:
+        `tuple[int, Belief]`: Place of the task, and its smoothed belief.
+    """
+    if not records:
+        raise BeliefError("There are no task records to smooth.")
+    if covariance and rank is None:
+        rank = _rank(records)
+    mean: Weights = {}
+    later: TaskRecord | None = None
+    walk = _backwards(records, rank, keep_discarded) if covariance else ((r, None, None) for r in _reversed(records))
+    for t, (record, _, back) in zip(range(len(records) - 1, -1, -1), walk, strict=True):
+        belief, precision = record.belief, record.belief.precision
+        mean = dict(belief.mean) if later is None else _step_back(belief, later.transition, mean, start)
         if back is not None:
             precision = add(precision, back, rank, keep_discarded)
-        result.append(_smoothed(belief, mean, precision, "smoothed"))
-    return result[::-1]
+        yield t, _smoothed(belief, mean, precision, "smoothed" if covariance else "filtered")
+        later = record
 
 
 def smooth_means(records: Sequence[TaskRecord], *, start: Start = None) -> list[dict[str, Tensor]]:
@@ -81,11 +109,7 @@ def smooth_means(records: Sequence[TaskRecord], *, start: Start = None) -> list[
     Returns:
         `list[dict[str, Tensor]]`: Adapter weights by key, one per task.
     """
-    _check(records)
-    means = [dict(records[-1].belief.mean)]
-    for record, later in zip(reversed(records[:-1]), reversed(records[1:]), strict=True):
-        means.append(_step_back(record.belief, later.transition, means[-1], start))
-    return means[::-1]
+    return [dict(belief.mean) for _, belief in smooth_each(records, start=start, covariance=False)][::-1]
 
 
 def interpolate(
@@ -118,7 +142,8 @@ def interpolate(
         ValueError: The position is negative, NaN or infinite.
         BeliefError: See [`smooth`].
     """
-    _check(records)
+    if not records:
+        raise BeliefError("There are no task records to interpolate.")
     if not 0 <= position < math.inf:
         raise ValueError(f"position must be >= 0 and finite, got {position}; 0 is the first task.")
     last = len(records) - 1
@@ -133,8 +158,8 @@ def interpolate(
     step = records[t + 1].transition
     before, after = step.part(position - t), step.part(1 - (position - t))
     here = predict(records[t].belief, before, start)
-    mean = _step_back(here, after, smooth_means(records[t + 1 :], start=start)[0], start)
-    future = next(j for place, j, _ in _backwards(records[t:], rank, keep_discarded) if place == 0)
+    mean = _step_back(here, after, _last(smooth_each(records[t + 1 :], start=start, covariance=False))[1].mean, start)
+    _, future, _ = _last(_backwards(records[t:], rank, keep_discarded))
     back = None if future is None else _back(future, after)
     precision = here.precision if back is None else add(here.precision, back, rank, keep_discarded)
     return _smoothed(here, mean, precision, "smoothed")
@@ -160,20 +185,43 @@ def _step_back(belief: Belief, transition: Transition, smoothed: Mapping[str, Te
 
 def _backwards(
     records: Sequence[TaskRecord], rank: int | None, keep_discarded: bool
-) -> Iterator[tuple[int, Precision | None, Precision | None]]:
+) -> Iterator[tuple[TaskRecord, Precision | None, Precision | None]]:
     """Walk backwards over the tasks t, with one J in memory at a time.
 
     Yields:
-        tuple: t; J_t+1, the information on theta_t+1 of the data of tasks t+1 and later; and what that says of
+        tuple: Record t; J_t+1, the information on theta_t+1 of the data of tasks t+1 and later; and what that says of
         theta_t. Neither for the last task.
     """
     future: Precision | None = None
+    later: TaskRecord | None = None
+    for record in _reversed(records):
+        back = None
+        if later is not None:
+            information = _information(record, later)
+            future = information if future is None else add(information, future, rank, keep_discarded)
+            back = _back(future, later.transition)
+        yield record, future, back
+        # What the task says of itself is added to it at the next step.
+        future, later = back, record
+
+
+def _reversed(records: Sequence[TaskRecord]) -> Iterator[TaskRecord]:
+    """Walk from the last to the first.
+
+    Yields:
+        `TaskRecord`: Each read once, and seen to be of the same filter.
+    """
+    later: TaskRecord | None = None
     for t in range(len(records) - 1, -1, -1):
-        back = None if future is None else _back(future, records[t + 1].transition)
-        yield t, future, back
-        if t > 0:
-            information = _information(records[t - 1], records[t])
-            future = information if back is None else add(information, back, rank, keep_discarded)
+        record = records[t]
+        _check(record, later)
+        yield record
+        later = record
+
+
+def _last(walk: Iterator[Any]) -> Any:
+    """The last item, without keeping the others."""
+    return deque(walk, maxlen=1).pop()
 
 
 def _back(future: Precision, transition: Transition) -> Precision | None:
@@ -201,18 +249,16 @@ def _information(before: TaskRecord, record: TaskRecord) -> Precision:
     )
 
 
-def _check(records: Sequence[TaskRecord]) -> None:
-    if not records:
-        raise BeliefError("There are no task records to smooth.")
-    first = records[0].belief.precision
-    for record in records:
-        check_state(record.belief)
-        precision = record.belief.precision
-        if precision.structure != first.structure or precision.coordinates() != first.coordinates():
-            raise BeliefError(
-                f"Task {record.name!r} has another structure or other weights than {records[0].name!r}; smooth the "
-                "tasks of one filter."
-            )
+def _check(record: TaskRecord, later: TaskRecord | None) -> None:
+    check_state(record.belief)
+    if later is None:
+        return
+    mine, theirs = record.belief.precision, later.belief.precision
+    if mine.structure != theirs.structure or mine.coordinates() != theirs.coordinates():
+        raise BeliefError(
+            f"Task {record.name!r} has another structure or other weights than {later.name!r}; smooth the tasks of "
+            "one filter."
+        )
 
 
 def _rank(records: Sequence[TaskRecord]) -> int | None:

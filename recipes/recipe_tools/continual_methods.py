@@ -23,6 +23,7 @@ from kalman_peft import (
     Transition,
     estimate_curvature,
     initial_belief,
+    interpolate,
     predict,
     smooth,
     update,
@@ -35,7 +36,7 @@ from .image_tasks import Batch, ImageTask, accuracy, batches, joined
 
 KINDS = ("sequential", "l2", "ewc", "filter", "replay", "separate", "joint")
 USED = {
-    "filter": {"structure", "rank", "q", "where", "prior", "strength", "keep"},
+    "filter": {"structure", "rank", "q", "where", "prior", "strength", "keep", "fisher"},
     "ewc": {"strength", "prior"},
     "l2": {"strength"},
     "replay": {"share"},
@@ -59,6 +60,7 @@ class Method:
         prior (`float`): Filter, EWC: prior precision.
         strength (`float`): Filter, EWC: factor on the belief. L2: precision of the pull.
         keep (`int`): Filter: 1 keeps the diagonal of what is cut.
+        fisher (`str`): Filter: "sampled" labels or the "exact" expectation over them, which EWC takes.
         share (`float`): Replay: of every earlier task's images.
     """
 
@@ -70,6 +72,7 @@ class Method:
     prior: float = 1.0
     strength: float = 1.0
     keep: int = 1
+    fisher: str = "sampled"
     share: float = 0.01
 
     @classmethod
@@ -97,8 +100,10 @@ class Method:
             given[name] = {"int": int, "float": float, "str": str}[str(types[name])](value)
         if given.get("where", "all") not in ("all", "first") or not 0 < given.get("share", 1) <= 1:
             raise ValueError(f"{text!r}: where is 'all' or 'first', share in (0, 1].")
+        if given.get("fisher", "exact") not in ("sampled", "exact"):
+            raise ValueError(f"{text!r}: fisher is 'sampled' or 'exact'.")
         if kind == "ewc":
-            given = {"structure": "diagonal", "prior": 1e-3} | given
+            given = {"structure": "diagonal", "prior": 1e-3, "fisher": "exact"} | given
         return cls(kind, **given)
 
     def __str__(self) -> str:
@@ -136,17 +141,22 @@ class Result:
         scores (`list[list[float]]`): R[i][j], accuracy on task j after i tasks; NaN where not measured.
         own (`dict[str, list[float]]`): Accuracy on its own task of every task's adapter: as "learnt", "smoothed", and
             "averaged" over it and its neighbours.
+        between (`dict[str, list[float]]`): Accuracy half-way between two tasks: of the belief "interpolated" there, of
+            the adapter of the task "before", and of the mean of "both".
         figures (`list[dict[str, float]]`): Of the filter, per task.
         seconds (`float`): In all.
     """
 
     scores: list[list[float]]
     own: dict[str, list[float]] = field(default_factory=dict)
+    between: dict[str, list[float]] = field(default_factory=dict)
     figures: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
 
 
-def run(method: Method, model: Any, tasks: Sequence[ImageTask], how: Training, seed: int) -> Result:
+def run(
+    method: Method, model: Any, tasks: Sequence[ImageTask], how: Training, seed: int, between: Sequence[Batch] = ()
+) -> Result:
     """Learn the tasks in sequence and measure after each.
 
     Args:
@@ -155,6 +165,7 @@ def run(method: Method, model: Any, tasks: Sequence[ImageTask], how: Training, s
         tasks (`Sequence[ImageTask]`): In order.
         how (`Training`): For all methods alike.
         seed (`int`): Of the order of the images, and of draws.
+        between (`Sequence[Batch]`, *optional*): Test images half-way between the tasks.
 
     Returns:
         `Result`: See there.
@@ -195,6 +206,7 @@ def run(method: Method, model: Any, tasks: Sequence[ImageTask], how: Training, s
         result.scores[1:] = [[s if t <= i else rest for t, s in enumerate(diagonal)] for i in range(len(tasks))]
     else:
         result.own = _own(model, state, tasks, means, records)
+        result.between = _between(model, state, between, means, records)
     result.seconds = time.perf_counter() - began
     return result
 
@@ -234,7 +246,7 @@ def _learnt(
     loader = [{key: value[part] for key, value in sample.items()} for part in torch.arange(len(rows)).split(100)]
     low_rank = method.structure == "low_rank"
     curvature, _ = estimate_curvature(
-        model, loader, method.structure, "exact" if method.kind == "ewc" else "sampled", space="adapter",
+        model, loader, method.structure, method.fisher, space="adapter",
         rank=max(method.rank, 1) if low_rank else 16, observation=CategoricalObservation(shift=False), seed=seed,
         progress_bar=False,
     )  # fmt: skip
@@ -253,17 +265,40 @@ def _own(
     records: Sequence[TaskRecord],
 ) -> dict[str, list[float]]:
     """Accuracy of every task's own adapter."""
-    near = [means[max(t - 1, 0) : t + 2] for t in range(len(means))]
-    averaged = [{key: torch.stack([m[key] for m in part]).mean(0) for key in part[0]} for part in near]
+    averaged = [_mean(means[max(t - 1, 0) : t + 2]) for t in range(len(means))]
     adapters: dict[str, Sequence[Weights]] = {"learnt": means, "averaged": averaged}
     if records:
         adapters["smoothed"] = [belief.mean for belief in smooth(records, covariance=False)]
-    found = {}
+    return _accuracies(model, state, [task.test for task in tasks], adapters)
+
+
+def _between(
+    model: Any, state: AdapterState, tests: Sequence[Batch], means: Sequence[Weights], records: Sequence[TaskRecord]
+) -> dict[str, list[float]]:
+    """Accuracy half-way between tasks, of adapters that saw neither."""
+    if not tests:
+        return {}
+    adapters: dict[str, Sequence[Weights]] = {
+        "before": means[:-1], "both": [_mean(means[t : t + 2]) for t in range(len(means) - 1)]
+    }  # fmt: skip
+    if records:
+        adapters["interpolated"] = [interpolate(records, t + 0.5).mean for t in range(len(records) - 1)]
+    return _accuracies(model, state, tests, adapters)
+
+
+def _mean(adapters: Sequence[Weights]) -> Weights:
+    return {key: torch.stack([adapter[key] for adapter in adapters]).mean(0) for key in adapters[0]}
+
+
+def _accuracies(
+    model: Any, state: AdapterState, tests: Sequence[Batch], adapters: Mapping[str, Sequence[Weights]]
+) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {}
     for name, every in adapters.items():
         found[name] = []
-        for task, weights in zip(tasks, every, strict=True):
+        for test, weights in zip(tests, every, strict=True):
             state.load(weights)
-            found[name].append(accuracy(model, task.test))
+            found[name].append(accuracy(model, test))
     return found
 
 

@@ -109,7 +109,7 @@ def make_tasks(
     if min(number, samples, heldout) < 1:
         raise ValueError(f"Tasks and images must be at least 1, got {number}, {samples} and {heldout}.")
     generator = torch.Generator().manual_seed(seed)
-    chosen = test.select(torch.randperm(len(test.labels), generator=generator)[:heldout])
+    chosen = _chosen(test, heldout, generator)
     pool = torch.cat(
         [
             torch.randperm(len(train.labels), generator=generator)
@@ -120,17 +120,43 @@ def make_tasks(
     for t in range(number):
         own = train.select(pool[t * samples : (t + 1) * samples])
         if kind == "rotated":
-            degrees = 90.0 * t / max(number - 1, 1)
-            change = lambda pixels, degrees=degrees: rotate(pixels, torch.full((len(pixels),), degrees))  # noqa: E731
-        else:
-            size = math.prod(own.pixels.shape[1:])
-            order = torch.randperm(size, generator=generator) if t else torch.arange(size)
-            change = lambda pixels, order=order: pixels.flatten(1)[:, order]  # noqa: E731
-        parts = [
-            {"pixel_values": 2 * change(part.pixels).flatten(1) - 1, "labels": part.labels} for part in (own, chosen)
-        ]
-        tasks.append(ImageTask(f"{kind}-{t}", *parts))
+            tasks.append(ImageTask(f"{kind}-{t}", _turned(own, t, number), _turned(chosen, t, number)))
+            continue
+        size = math.prod(own.pixels.shape[1:])
+        order = torch.randperm(size, generator=generator) if t else torch.arange(size)
+        tasks.append(
+            ImageTask(f"{kind}-{t}", *(_batch(part, part.pixels.flatten(1)[:, order]) for part in (own, chosen)))
+        )
     return tasks
+
+
+def between_rotations(test: Images, number: int, heldout: int, seed: int) -> list[Batch]:
+    """Test images turned half-way between the tasks of [`make_tasks`]: what no task shows.
+
+    Args:
+        test (`Images`): To draw from.
+        number (`int`): Of tasks.
+        heldout (`int`): Test images, the same ones as those of the tasks.
+        seed (`int`): As for the tasks.
+
+    Returns:
+        `list[Batch]`: One fewer than there are tasks.
+    """
+    chosen = _chosen(test, heldout, torch.Generator().manual_seed(seed))
+    return [_turned(chosen, t + 0.5, number) for t in range(number - 1)]
+
+
+def _chosen(test: Images, heldout: int, generator: torch.Generator) -> Images:
+    return test.select(torch.randperm(len(test.labels), generator=generator)[:heldout])
+
+
+def _turned(images: Images, place: float, number: int) -> Batch:
+    degrees = 90.0 * place / max(number - 1, 1)
+    return _batch(images, rotate(images.pixels, torch.full((len(images.pixels),), degrees)))
+
+
+def _batch(images: Images, pixels: Tensor) -> Batch:
+    return {"pixel_values": 2 * pixels.flatten(1) - 1, "labels": images.labels}
 
 
 def batches(data: Mapping[str, Tensor], size: int, epochs: int, generator: torch.Generator) -> Iterator[Batch]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,13 @@ from kalman_peft import AdapterState, Belief, ContinualLearner, KalmanConfig, Ka
 from .prequential import parse_options
 
 
-# Kinds and their options with defaults; the first option of a kind is always part of the method's name.
+# Kinds and their options with defaults; the first option of a kind is always part of the method's name. A rate `lr` of
+# 0 is that of all methods.
+_RATE = {"lr": 0.0}
 KINDS: dict[str, dict[str, Any]] = {
-    "sequential": {},
-    "l2": {"to": "previous", "strength": 1e-3},
-    "ewc": {"strength": 1.0},
+    "sequential": _RATE,
+    "l2": {"to": "previous", "strength": 1e-3} | _RATE,
+    "ewc": {"strength": 1.0} | _RATE,
     "filter": {
         "structure": "ekfac",
         "q": 0.0,
@@ -35,11 +38,12 @@ KINDS: dict[str, dict[str, Any]] = {
         "prior": 1.0,
         "rank": 16,
         "fisher": "sampled",
-    },
+    }
+    | _RATE,
     "loko": {"memory": "kronecker", "q": 0.0, "layers": "", "decay": 1.0},
-    "replay": {"share": 0.05},
-    "separate": {},
-    "joint": {},
+    "replay": {"share": 0.05} | _RATE,
+    "separate": _RATE,
+    "joint": _RATE,
 }
 CHOICES = {
     "to": ("previous", "start"),
@@ -151,7 +155,7 @@ def canonical(text: str) -> str:
     shown = [
         f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
         for name, value in options.items()
-        if name == first or value != KINDS[kind][name]
+        if (name == first and name != "lr") or value != KINDS[kind][name]
     ]
     return f"{kind}:{','.join(shown)}" if shown else kind
 
@@ -167,6 +171,8 @@ def learn(method: str, setup: Setup) -> Learnt:
         `Learnt`: Adapters and times.
     """
     kind, options = read_method(method)
+    if options.get("lr"):
+        setup = replace(setup, config=partial(setup.config, learning_rate=options["lr"]))
     began = time.perf_counter()
     if kind in ("filter", "ewc", "loko"):
         return _filtered(kind, options, setup)

@@ -12,7 +12,7 @@ import permuted_mnist as recipe
 from kalman_peft import AdapterState
 from kalman_peft.metrics import average_accuracy
 from recipe_tools.continual_methods import Method, Training, run
-from recipe_tools.image_tasks import accuracy, batches, make_mlp, make_tasks
+from recipe_tools.image_tasks import accuracy, batches, between_rotations, make_mlp, make_tasks
 from recipe_tools.images import load_images
 
 
@@ -57,6 +57,29 @@ def test_rotated_tasks_begin_upright(images):
     upright, quarter = tasks_of(images, kind="rotated")
     pixels = upright.test["pixel_values"].view(-1, 8, 8)
     torch.testing.assert_close(quarter.test["pixel_values"].view(-1, 8, 8), pixels.rot90(1, (1, 2)), atol=1e-5, rtol=0)
+
+
+def test_half_way_between_rotations_is_half_the_turn(images):
+    (halfway,) = between_rotations(images[1], 2, 80, 0)
+    (upright, _) = tasks_of(images, kind="rotated")
+    middle = make_tasks("rotated", images[0], images[1], 3, 100, 80, 0)[1]  # of 0, 45 and 90 degrees
+    assert torch.equal(halfway["pixel_values"], middle.test["pixel_values"])
+    assert torch.equal(halfway["labels"], upright.test["labels"])
+
+
+def test_interpolation_is_measured_between_tasks(images):
+    tasks = tasks_of(images, 3, "rotated")
+    between = between_rotations(images[1], 3, 80, 0)
+    how = Training(epochs=30, batch_size=32, learning_rate=1e-2, curvature_samples=60)
+    find = lambda text: run(Method.parse(text), make_mlp(64, 20, 2, 4, 0), tasks, how, 0, between).between  # noqa: E731
+    plain, still, moving = find("sequential"), find("filter:rank=2"), find("filter:rank=2,q=10")
+    assert plain.keys() == {"before", "both"} and all(len(row) == 2 for row in plain.values())
+    # Without motion every belief between two tasks is the last one.
+    model = make_mlp(64, 20, 2, 4, 0)
+    run(Method.parse("filter:rank=2"), model, tasks, how, 0)
+    assert still["interpolated"] == [accuracy(model, test) for test in between]
+    assert moving["interpolated"] != still["interpolated"]
+    assert find("separate") == {}
 
 
 def test_sequential_is_adamw_by_hand(images):
@@ -106,7 +129,7 @@ def test_methods_are_written_as_they_are_read(text):
 @pytest.mark.parametrize(
     ("text", "message"),
     [("adam", "expected one of"), ("joint:q=1", "joint has no option 'q'"), ("filter:where=last", "where is 'all'"),
-     ("replay:share=2", r"share in \(0, 1\]")],
+     ("filter:fisher=empirical", "fisher is 'sampled' or 'exact'"), ("replay:share=2", r"share in \(0, 1\]")],
 )  # fmt: skip
 def test_raises_when_a_method_is_none(text, message):
     with pytest.raises(ValueError, match=message):
@@ -137,3 +160,18 @@ def test_recipe_writes_runs_tables_and_figures(tmp_path):
     assert {f: f.stat().st_mtime_ns for f in files} == before
     with pytest.raises(ValueError, match="a run with other settings"):
         recipe.main([*arguments, "--learning_rate", "0.1"])
+
+
+def test_orders_are_runs_of_their_own(tmp_path):
+    arguments = [
+        "--kind", "rotated", "--tasks", "2", "--samples", "60", "--heldout", "50", "--hidden", "16", "--r", "4",
+        "--epochs", "20", "--seeds", "0", "--methods", "filter:rank=2,q=1e-3", "--output_dir", str(tmp_path),
+    ]  # fmt: skip
+    summary = recipe.main([*arguments, "--orders", "given", "reversed"])
+    files = sorted((tmp_path / "digits-rotated-2" / "runs").iterdir())
+    given, back = (json.loads(f.read_text())["result"] for f in files)
+    assert given["scores"][0] == back["scores"][0][::-1] and given["scores"][1] != back["scores"][1]
+    mean = summary["results"]["filter:rank=2,q=0.001"]["interpolated"]["mean"]
+    assert mean == pytest.approx((given["between"]["interpolated"][0] + back["between"]["interpolated"][0]) / 2)
+    with pytest.raises(SystemExit):
+        recipe.main([*arguments, "--orders", "sideways"])

@@ -19,7 +19,7 @@ from recipe_tools.targets import GENERATED
 
 
 METHODS = [
-    "sequential", "l2:to=start,strength=1e3", "ewc:strength=1e4",
+    "sequential", "sequential:lr=1e-3", "l2:to=start,strength=1e3", "ewc:strength=1e4",
     "filter:structure=low_rank,rank=2,q=1e-3,layers=layers\\.1\\.", "filter", "loko:q=1e-3", "replay:share=0.3",
     "separate", "joint",
 ]  # fmt: skip
@@ -146,6 +146,7 @@ def test_neighbours_are_averaged():
         ("filter:q=1e-04,structure=diagonal,strength=1", "filter:structure=diagonal,q=0.0001"),
         ("l2:strength=1e-3", "l2:to=previous"),
         ("joint", "joint"),
+        ("ewc:lr=4e-03", "ewc:strength=1,lr=0.004"),
     ],
 )
 def test_methods_have_one_spelling(text, expected):
