@@ -84,11 +84,11 @@ def _start_eva(run: Run, model: Any, samples: int) -> None:
 
     rows = run.job.target.select(range(min(samples, len(run.job.target))))
     rows = rows.select_columns([name for name in COLUMNS if name in rows.column_names])
+    collate = run.job.trainer_options["data_collator"]
     loader = DataLoader(
         rows,  # type: ignore[arg-type]
         batch_size=run.arguments().per_device_train_batch_size,
-        collate_fn=run.job.trainer_options["data_collator"],
-        drop_last=len(rows) >= run.arguments().per_device_train_batch_size,
+        collate_fn=lambda batch: dict(collate(batch)),  # EVA takes no other mapping
     )
     initialize_lora_eva_weights(model, loader, show_progress_bar=False)
 

@@ -46,7 +46,6 @@ class StopAt(TrainerCallback):
 
     Args:
         steps (`set[int]`): At least 1 each.
-        clock (`Clock`): Of the run.
     """
 
     def __init__(self, steps: set[int]):
@@ -152,7 +151,7 @@ def _lora_plus(run: Run, options: Options) -> Points:
         rates = {"lr": args.learning_rate, "loraplus_lr_ratio": options["ratio"]}
         return create_loraplus_optimizer(model, kind, **(given | rates), loraplus_weight_decay=args.weight_decay)
 
-    return [({}, run.fit(run.adapt(), optimizer=optimizer, learning_rate=options["lr"])[0])]
+    return [({}, run.fit(run.adapt(), make_optimizer=optimizer, learning_rate=options["lr"])[0])]
 
 
 def _lora_fa(run: Run, options: Options) -> Points:
@@ -161,7 +160,7 @@ def _lora_fa(run: Run, options: Options) -> Points:
         config = model.peft_config["default"]
         return create_lorafa_optimizer(model, config.r, config.lora_alpha, rate, args.weight_decay)
 
-    return [({}, run.fit(run.adapt(), optimizer=optimizer, learning_rate=options["lr"])[0])]
+    return [({}, run.fit(run.adapt(), make_optimizer=optimizer, learning_rate=options["lr"])[0])]
 
 
 KINDS = {

@@ -134,7 +134,7 @@ class Run:
         rows: Dataset | None = None,
         *,
         trainer: type[KalmanTrainer] = KalmanTrainer,
-        optimizer: Callable[[Any, KalmanConfig], torch.optim.Optimizer] | None = None,
+        make_optimizer: Callable[[Any, KalmanConfig], torch.optim.Optimizer] | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         source: Dataset | None = None,
         belief: Any = None,
@@ -147,7 +147,7 @@ class Run:
             model (`PeftModel`): From `adapt`.
             rows (`Dataset`, *optional*): Defaults to the target's.
             trainer (`type`, *optional*): [`KalmanTrainer`], or a subclass.
-            optimizer (`Callable`, *optional*): From model and arguments; by default the arguments' own.
+            make_optimizer (`Callable`, *optional*): From model and arguments; by default the arguments' own.
             callbacks (`Sequence[TrainerCallback]`, *optional*): More of them.
             source (`Dataset`, *optional*): For the trainer to fit a belief on.
             belief (`Belief`, *optional*): In place of that.
@@ -159,7 +159,7 @@ class Run:
         """
         with self.setting_up():
             args, clock = self.arguments(**changes), Clock(self.device)
-            made = None if optimizer is None else optimizer(model, args)
+            made = None if make_optimizer is None else make_optimizer(model, args)
             used = trainer(
                 model=model,
                 args=args,
