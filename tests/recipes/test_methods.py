@@ -166,7 +166,9 @@ def test_trains_in_the_same_order_and_differs_from_plain_lora(method, make_job, 
         found, before = target_rows(job), "eva" in method or "mode=prior" in method
         assert found[-len(order) :] == order and len(order) == 4 * STEPS and (len(found) > len(order)) == before
     believes = method.startswith(("laplace", "ewc", "loko:prior"))
-    assert believes == ("laplace/strength" in trained.figures) or method.startswith("l2")
+    # As a prior that counts once, at the start, a belief has no strength later.
+    held = (believes or method.startswith("l2")) and "mode=prior" not in method
+    assert held == ("laplace/strength" in trained.figures)
     assert (trained.extra_bytes > 0) == (
         believes or method.startswith(("l2", "osf")) or any(name in method for name in inits.SUBTRACTED)
     )
@@ -191,11 +193,13 @@ def test_without_strength_is_plain_lora(method, make_job, plain_run):
     assert torch.equal(weights(one(method, make_job())), weights(plain_run[0]))
 
 
-@pytest.mark.parametrize(
-    "method", ["l2:strength=1e6", "ewc:strength=1e6,samples=30", "ewc_dw:strength=1e6,samples=30",
-               "laplace:strength=1e6,samples=30", "laplace:strength=1e6,form=proximal,samples=30",
-               "loko:prior=1e6,samples=30"]  # fmt: skip
-)  # fmt: skip
+STRONG = [
+    "l2:strength=1e6", "ewc:strength=1e6,samples=30", "ewc_dw:strength=1e6,samples=30",
+    "laplace:strength=1e6,samples=30", "laplace:strength=1e6,form=proximal,samples=30", "loko:prior=1e6,samples=30",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("method", STRONG)
 def test_with_much_strength_keeps_the_base_model(method, make_job):
     without = "loko" if method.startswith("loko") else "lora"
     held, free = one(method, make_job(steps=12)), one(without, make_job(steps=12))
@@ -246,7 +250,6 @@ def test_best_stop_with_real_losses(make_job):
     assert kept.figures["stop/validation_loss"] <= base < text_loss(last.model, SOURCE)["loss"]
     assert kept.figures["stop/validation_loss"] == pytest.approx(text_loss(kept.model, SOURCE)["loss"])
     learnt = one("lora:stop=best", make_job())
-    assert kept.figures["stop/step"] == 0 and distance(kept) == 0
     assert learnt.figures["stop/step"] > 0
     assert learnt.figures["stop/validation_loss"] == pytest.approx(text_loss(learnt.model, VALIDATION)["loss"])
     assert learnt.figures["stop/validation_loss"] < text_loss(make_base(), VALIDATION)["loss"]
