@@ -16,27 +16,19 @@ that are there are not repeated. Tables hold means over seeds and 95 % intervals
 import json
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from rich.console import Console
 from transformers import HfArgumentParser
 
-from kalman_peft.metrics import continual_metrics
-from kalman_peft.plots import plot_accuracy_matrix
 from recipe_tools.arguments import Help
 from recipe_tools.continual_methods import Method, Training, run
+from recipe_tools.image_report import CAPTION, plot_all, summarise, table_cells
 from recipe_tools.image_tasks import KINDS, between_rotations, make_mlp, make_tasks
 from recipe_tools.images import Images, load_images
-from recipe_tools.online_report import interval, show_interval
-from recipe_tools.plots import COLOURS, MARKERS, STYLE
 from recipe_tools.report import write_json
 from recipe_tools.tables import console_table, markdown
 
@@ -51,12 +43,6 @@ DEFAULT_METHODS = [
 ORDERS = ("given", "reversed")
 # What a run does not depend on.
 FREE = ("methods", "seeds", "orders", "threads", "output_dir", "images")
-CAPTION = "Accuracy, ± 95 % over runs (Student's t)."
-COLUMNS = {
-    "average_accuracy": "average accuracy", "learning_accuracy": "just after learning", "forgetting": "forgetting",
-    "forward_transfer": "forward transfer", "smoothed": "own adapter, smoothed", "averaged": "own, averaged",
-    "before": "half-way on: adapter before", "both": "mean of both", "interpolated": "interpolated", "seconds": "s",
-}  # fmt: skip
 
 
 @dataclass
@@ -148,57 +134,6 @@ def run_once(
     return result
 
 
-def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """Means and intervals of one method's runs, for the columns of the table that it has.
-
-    Args:
-        runs (`Sequence[Mapping[str, Any]]`): One per seed.
-
-    Returns:
-        `dict[str, dict[str, float | None]]`: `mean` and `ci95` by column.
-    """
-    rows = [
-        continual_metrics(np.array(one["scores"], dtype=float))
-        | {name: sum(values) / len(values) for name, values in (one["own"] | one["between"]).items()}
-        | {"seconds": one["seconds"]}
-        for one in runs
-    ]
-    kept = [name for name in COLUMNS if name in rows[0] and not any(math.isnan(row[name]) for row in rows)]
-    if "average_accuracy" in kept and not runs[0]["own"] and "forgetting" not in kept:
-        kept.remove("learning_accuracy")  # of one model for all tasks there is none
-    return {name: interval([row[name] for row in rows]) for name in kept}
-
-
-def cells(result: Mapping[str, Mapping[str, float | None]], shown: Iterable[str]) -> list[str]:
-    """One row of the table as text; empty where a method has no such number."""
-    return [
-        show_interval(result[name], ".1f" if name == "seconds" else ".3f") if name in result else "" for name in shown
-    ]
-
-
-def plot_traces(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
-    """Trace of the covariance over tasks: it must not fall for ever under process noise.
-
-    Args:
-        runs (`Mapping[str, Sequence]`): By method, one per seed.
-        path (`Path`): The PNG to write.
-    """
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(7.6, 4.4), dpi=150, layout="constrained")
-        axes = FigureCanvasAgg(figure).figure.subplots()
-        for index, (name, every) in enumerate(runs.items()):
-            traces = np.array([[f["covariance_trace"] for f in one["figures"]] for one in every]).mean(0)
-            colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index // len(COLOURS) % len(MARKERS)]
-            axes.plot(range(1, len(traces) + 1), traces, label=name, markersize=4, color=colour, marker=marker)
-        axes.set_yscale("log")
-        axes.set_xlabel("tasks learnt")
-        axes.set_ylabel("trace of the covariance")
-        axes.set_title("How sure the filter is")
-        figure.legend(loc="outside right upper", fontsize=8)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
-
-
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run all methods on all seeds, and write tables and figures.
 
@@ -218,24 +153,14 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         console.print(f"{method}: {summarise(runs[method])['average_accuracy']['mean']:.3f}")
     results = {method: summarise(every) for method, every in runs.items()}
     heading = f"{o.data}, {o.tasks} {o.kind} tasks, {o.samples} images each, {len(o.seeds) * len(o.orders)} runs"
-    shown = {key: name for key, name in COLUMNS.items() if any(key in result for result in results.values())}
-    headings, rows = ["method", *shown.values()], [[m, *cells(result, shown)] for m, result in results.items()]
+    headings, rows = table_cells(results)
     console.print(console_table(headings, rows, heading, CAPTION))
     (folder / "report.md").write_text(
         f"### {heading}\n\n{markdown(headings, rows)}\n{CAPTION}\n\nData: {images[2]}.\n", encoding="utf-8"
     )
     summary = {"settings": asdict(o) | {"images": Path(o.images).name}, "results": results}
     write_json(summary, folder / "summary.json")
-    filtered = {method: every for method, every in runs.items() if every[0]["figures"]}
-    if filtered:
-        plot_traces(filtered, folder / "traces.png")
-    complete = list(filtered) or [m for m in runs if runs[m][0]["own"]]  # the picture is of the best filter
-    if complete:
-        best = max(complete, key=lambda m: results[m]["average_accuracy"]["mean"] or 0.0)
-        mean = np.mean([np.array(one["scores"], dtype=float) for one in runs[best]], axis=0)
-        plot_accuracy_matrix(
-            mean, [str(t + 1) for t in range(o.tasks)], folder / "matrix.png", label=f"accuracy, {best}"
-        )
+    plot_all(runs, results, folder, o.tasks)
     console.print(f"Written to {folder}.")
     return summary
 
