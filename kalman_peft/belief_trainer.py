@@ -4,7 +4,8 @@ import json
 import math
 import shutil
 import warnings
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
@@ -342,6 +343,14 @@ class BeliefMixin(SourceMixin):
                 write_atomically(Path(args.output_dir, name), lambda p, source=source: shutil.copy(source, p))
         super()._push_from_checkpoint(checkpoint_folder)
 
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with _same_dtypes(self.model):
+            super()._load_from_checkpoint(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        with _same_dtypes(self.model):
+            super()._load_best_model()
+
     def _restore(self, state: dict[str, Any]) -> None:
         start = state["source_losses_start"]
         if not self._losses or start.keys() == self._losses.keys():
@@ -355,6 +364,16 @@ class BeliefMixin(SourceMixin):
             self._log_evidence = state["log_evidence"]
         elif self.args.laplace_strength is None:
             self.laplace_strength = state["laplace_strength"]
+
+
+@contextmanager
+def _same_dtypes(model: Any) -> Iterator[None]:
+    """PEFT loads an adapter of 16 bits in 32; one that was trained in 16 goes on in 16."""
+    before = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
+    yield
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != before.get(name, parameter.dtype):
+            parameter.data = parameter.data.to(before[name])
 
 
 def _first_strength(args: Any, budget: ForgettingBudget | None) -> float:

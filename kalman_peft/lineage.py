@@ -91,7 +91,7 @@ def join_lineages(*lineages: Any) -> list[Entry]:
 # -- fingerprints ----------------------------------------------------------------------------------------------------
 
 
-def data_fingerprint(dataset: Any, num_rows: int = 64) -> str:
+def data_fingerprint(dataset: Any, num_rows: int = 4096) -> str:
     """Identifies a dataset in every run.
 
     Args:
@@ -99,20 +99,25 @@ def data_fingerprint(dataset: Any, num_rows: int = 64) -> str:
             With a fingerprint of its own, as those of the datasets library (it follows what was done to the data, and
             changes where a mapped function does not hash alike in every run), else rows of numbers, strings, arrays
             or tensors. A stream is read from its beginning.
-        num_rows (`int`, *optional*, defaults to 64): How many first rows are looked at where it has none.
+        num_rows (`int`, *optional*, defaults to 4096): How many rows are looked at where it has none: all, or so many
+            evenly spaced ones; of a stream the first 64 of them.
 
     Returns:
-        `str`: "datasets:" and the dataset's own fingerprint, or "rows:" and a hash of its size and first rows, the
+        `str`: "datasets:" and the dataset's own fingerprint, or "rows:" and a hash of its size and of these rows, the
         same for lists, arrays and tensors of the same values.
     """
     own = getattr(dataset, "_fingerprint", None)
     if isinstance(own, str):
         return f"datasets:{own}"
     digest = hashlib.sha256()
-    if not is_streaming(dataset):
-        _feed(digest, len(dataset))
-    rows = first_rows(dataset, num_rows)
-    for index in range(len(rows)):
+    if is_streaming(dataset):
+        rows = first_rows(dataset, min(num_rows, 64))
+        chosen = range(len(rows))
+    else:
+        rows, size = dataset, len(dataset)
+        chosen = (index * size // min(num_rows, size) for index in range(min(num_rows, size)))
+        _feed(digest, size)
+    for index in chosen:
         _feed(digest, rows[index])
     return f"rows:{digest.hexdigest()[:16]}"
 

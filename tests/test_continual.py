@@ -26,6 +26,7 @@ from kalman_peft import (
     update,
 )
 from kalman_peft.continual import runs as module
+from kalman_peft.continual.evaluation import score_matrix
 from kalman_peft.metrics import continual_metrics
 
 
@@ -252,6 +253,8 @@ def test_scores_are_of_every_task_at_every_moment(learnt):
     matrix, names = learnt.scores()
     assert matrix.shape == (4, 3) and names == list(NAMES) and np.isfinite(matrix).all()
     assert learnt.metrics() == continual_metrics(matrix, higher_is_better=False)
+    figure = learnt.plot(learnt.store.folder.parent / "matrix.png")
+    assert figure.axes[1].get_ylabel() == "loss" and figure.axes[0].images[0].get_cmap().name == "Blues_r"
     made = model()
     for row, folder in enumerate([learnt.store.initial, *(learnt.store.task(i) for i in range(3))]):
         PeftModel.load_adapter(made, str(folder), f"t{row}")
@@ -343,6 +346,8 @@ def test_raises_when_data_do_not_fit(learnt, tmp_path):
     run.learn("x", TASKS["a"])
     with pytest.raises(ValueError, match="Nothing was measured"):
         run.metrics()
+    with pytest.raises(ValueError, match=r"None of the tasks \['x'\] was measured; eval_datasets= has \['typo'\]"):
+        score_matrix([{"typo": {"eval_loss": 1.0}}] * 2, ["x"], "eval_loss")
 
 
 def test_raises_when_the_alarm_does_not_stop(tmp_path):

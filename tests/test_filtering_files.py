@@ -150,6 +150,19 @@ def test_raises_when_an_increment_is_of_another_structure():
     increment_of(belief, other.precision, 3.0)
 
 
+def test_smoothed_beliefs_name_the_data_of_all_tasks():
+    records, _, _, _ = run("diagonal", [Transition(0.1)] * 3)
+    for t, record in enumerate(records):
+        record.belief.info["lineage"] = [{"name": str(k)} for k in range(t + 1)]
+    labels = [record.belief.info["filtering"]["num_labels"] for record in records]
+    for found in (*smooth(records), interpolate(records, 0.5)):
+        assert [entry["name"] for entry in found.info["lineage"]] == ["0", "1", "2"]
+        assert found.info["filtering"]["num_labels"] == labels[-1] and found.info["filtering"]["kind"] == "smoothed"
+    means = smooth(records, covariance=False)
+    assert [found.info["filtering"]["num_labels"] for found in means] == labels
+    assert len(means[0].info["lineage"]) == 3
+
+
 @pytest.mark.parametrize("structure", ["low_rank", "ekfac"])
 def test_raises_when_increments_are_missing(structure):
     records, _, _, _ = run(structure, [Transition(0.1)] * 3)

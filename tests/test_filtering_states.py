@@ -56,7 +56,8 @@ def test_start_is_the_prior(structure):
     torch.testing.assert_close(LAYOUT.flatten(belief.precision.solve(LAYOUT.unflatten(x))), x / expected)
     torch.testing.assert_close(belief.precision.logdet(), expected.log().sum())
     torch.testing.assert_close(LAYOUT.flatten(variances(belief.precision)), 1 / expected)
-    assert belief.info["filtering"] == {"kind": "prior", "num_labels": 0.0, "tasks": 0}
+    record = dict(belief.info["filtering"])
+    assert len(record.pop("origin")) == 16 and record == {"kind": "prior", "num_labels": 0.0, "tasks": 0}
 
 
 def test_start_from_a_model():
@@ -279,7 +280,7 @@ def test_curvature_of_a_model_updates_its_belief(structure, fitted):
     updated = update(predict(belief, Transition(0.01)), AdapterState(model).tensors(), task, 9)
     expected = torch.eye(task.to_dense().shape[0]) / 1.01 + 9 * task.to_dense()
     torch.testing.assert_close(updated.precision.to_dense(), expected, rtol=1e-3, atol=1e-4)
-    assert updated.info["filtering"] == {"kind": "filtered", "num_labels": 9.0, "tasks": 1}
+    assert updated.info["filtering"].items() >= {"kind": "filtered", "num_labels": 9.0, "tasks": 1}.items()
     updated.check(model)
 
 
@@ -356,7 +357,10 @@ def test_a_per_label_belief_becomes_a_state():
     loko = Belief(start_state(), precision, {"filter": {}, "num_labels": 30})
     state = absolute(loko)
     torch.testing.assert_close(state.precision.to_dense(), 3 * torch.eye(D, dtype=F64))
-    assert absolute(loko, predicted=state).info["filtering"] == {"kind": "filtered", "num_labels": 60.0, "tasks": 2}
+    assert (
+        absolute(loko, predicted=state).info["filtering"].items()
+        >= {"kind": "filtered", "num_labels": 60.0, "tasks": 2}.items()
+    )
     with pytest.raises(BeliefError, match="already"):
         absolute(state)
     with pytest.raises(BeliefError, match="num_labels"):

@@ -70,11 +70,14 @@ def test_fingerprint_tells_other_data(other):
     assert data_fingerprint(other) != data_fingerprint(ROWS)
 
 
-def test_fingerprint_looks_at_the_first_rows_and_the_size():
+def test_fingerprint_looks_at_all_rows_or_evenly_spaced_ones():
     long = rows(70)
-    assert data_fingerprint(long, 64) == data_fingerprint([*long[:64], *rows(6, seed=5)], 64)
-    assert data_fingerprint(long, 64) != data_fingerprint(long[:69], 64)
-    assert data_fingerprint(long, 70) != data_fingerprint([*long[:64], *rows(6, seed=5)], 70)
+    for changed in (0, 35, 69):
+        other = [*long[:changed], *rows(1, seed=5), *long[changed + 1 :]]
+        assert data_fingerprint(long) != data_fingerprint(other)
+        # Of 35 rows every second one is looked at, the first among them.
+        assert (data_fingerprint(long, 35) != data_fingerprint(other, 35)) == (changed % 2 == 0)
+    assert data_fingerprint(long, 35) != data_fingerprint(long[:69], 35)
 
 
 def test_rows_may_be_pairs_of_tensors_or_other_objects():

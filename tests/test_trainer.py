@@ -64,6 +64,24 @@ def test_resume_equals_not_stopping(tmp_path, tokenizer, optimizer, budget, bf16
     assert whole.laplace_strength == resumed.laplace_strength
 
 
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "loko"])
+def test_an_adapter_in_16_bits_stays_in_16(tmp_path, tokenizer, optimizer):
+    def fresh(folder, **kw):
+        return trainer(folder, tokenizer, make_lora_llama(torch.bfloat16, "sdpa", random_b=False), optimizer=optimizer,
+                       **kw)  # fmt: skip
+
+    whole = fresh(tmp_path / "whole")
+    whole.train()
+    resumed = fresh(tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    best = fresh(tmp_path / "best", eval_dataset=dataset(4), eval_strategy="steps", eval_steps=2,
+                 load_best_model_at_end=True)  # fmt: skip
+    best.train()
+    for run in (whole, resumed, best):
+        assert {p.dtype for p in AdapterState(run.model).parameters().values()} == {torch.bfloat16}
+    assert torch.equal(weights(whole), weights(resumed))
+
+
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_resume_equals_not_stopping_in_every_structure(tmp_path, tokenizer, structure):
     def fresh(folder):

@@ -57,6 +57,14 @@ def score_matrix(rows: Sequence[Scores], names: Sequence[str], metric: str) -> t
 
     Returns:
         `tuple[np.ndarray, list[str]]`: Shape (T + 1, T), NaN where not measured; and the names.
+
+    Raises:
+        ValueError: No task was measured, as where evaluation sets have other names than the tasks.
     """
+    measured = sorted({name for row in rows for name in row})
+    if not set(measured) & set(names):
+        raise ValueError(
+            f"None of the tasks {list(names)} was measured; eval_datasets= has {measured}. Name them alike."
+        )
     matrix = [[row.get(name, {}).get(metric, np.nan) for name in names] for row in rows]
     return np.array(matrix, dtype=np.float64), list(names)

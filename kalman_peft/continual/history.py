@@ -1,5 +1,6 @@
 """What a [`ContinualLearner`] has learnt: records, smoothed beliefs, scores; and sharing it."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from ..belief import Belief
 from ..filtering import TaskRecord, smooth_each
 from ..metrics import continual_metrics
+from ..plots import plot_accuracy_matrix
 from .evaluation import metric_of, score_matrix
 from .sharing import push
 from .store import START_FILE, Entry, Store, fill, read_json, write_moved_adapter
@@ -67,13 +69,23 @@ class History:
         Returns:
             `tuple[np.ndarray, list[str]]`: Shape (T + 1, T), as `kalman_peft.metrics` and `plot_accuracy_matrix` take.
         """
-        rows = [self._start_scores(), *(entry["scores"] for entry in self.store.entries)]
-        return score_matrix(rows, [entry["name"] for entry in self.store.entries], metric_of(rows, self.metric))
+        return score_matrix(self._rows(), [entry["name"] for entry in self.store.entries], self._metric())
 
     def metrics(self) -> dict[str, float]:
         """Average and learning accuracy (or loss), forgetting, transfer; see [`continual_metrics`]."""
-        rows = [self._start_scores(), *(entry["scores"] for entry in self.store.entries)]
-        return continual_metrics(self.scores()[0], not metric_of(rows, self.metric).endswith("loss"))
+        return continual_metrics(self.scores()[0], not self._metric().endswith("loss"))
+
+    def plot(self, path: str | os.PathLike | None = None) -> Any:
+        """Heat map of the scores, dark is good; see [`plot_accuracy_matrix`].
+
+        Args:
+            path (`str` or `os.PathLike`, *optional*): Where to save it; the ending says in which format.
+
+        Returns:
+            `Figure`: That of matplotlib.
+        """
+        label = self._metric().removeprefix("eval_")
+        return plot_accuracy_matrix(*self.scores(), path, label=label, higher_is_better=not label.endswith("loss"))
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:
         """Upload the newest adapter and belief, and all tasks with their records, in one commit.
@@ -93,6 +105,13 @@ class History:
 
     def _initial(self, device: torch.device | str = "cpu") -> Belief:
         return Belief.from_pretrained(self.store.initial, device=device)
+
+    def _rows(self) -> list[dict[str, dict[str, float]]]:
+        """Scores before any task, and after each."""
+        return [self._start_scores(), *(entry["scores"] for entry in self.store.entries)]
+
+    def _metric(self) -> str:
+        return metric_of(self._rows(), self.metric)
 
     def _start_scores(self) -> dict[str, dict[str, float]]:
         if not self.store.entries:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..belief import Belief, BeliefError
+from ..lineage import LINEAGE, join_lineages
 from ..precision import DensePrecision, DiagonalPrecision, EigenKroneckerPrecision, LowRankPrecision, Precision
 from ..precision.base import dot
 from .algebra import add, as_double, compress_precision, least_damping
@@ -76,8 +77,9 @@ def merge_beliefs(
         prior.info[INFO][n] + sum(b.info[INFO][n] - prior.info[INFO][n] for b in beliefs)
         for n in ("num_labels", "tasks")
     )
-    info = {"kind": "filtered", "num_labels": labels, "tasks": tasks, "merged": len(beliefs)}
-    return Belief(mean, merged, prior.info | {INFO: info}, prior.source)
+    record = prior.info[INFO] | {"kind": "filtered", "num_labels": labels, "tasks": tasks, "merged": len(beliefs)}
+    past = join_lineages(prior.info, *(belief.info for belief in beliefs))
+    return Belief(mean, merged, prior.info | {INFO: record} | ({LINEAGE: past} if past else {}), prior.source)
 
 
 def conjugate_gradients(matvec: Matvec, right: State, precondition: Matvec, steps: int = 100) -> dict[str, Tensor]:
@@ -130,29 +132,32 @@ def _less(precision: Precision, prior: Precision) -> Precision:
     if isinstance(precision, DiagonalPrecision) and isinstance(prior, DiagonalPrecision):
         entries = {k: f - prior.entries[k].to(f) for k, f in precision.entries.items()}
         for key, difference in entries.items():
-            _check_positive(difference, precision.entries[key].max(), remedy)
+            _check_positive(difference, precision.entries[key].max())
         return DiagonalPrecision({k: f.clamp(min=0) for k, f in entries.items()})
     if isinstance(precision, DensePrecision) and isinstance(prior, DensePrecision):
         difference = precision.matrix - prior.matrix.to(precision.matrix)
-        _check_positive(torch.linalg.eigvalsh(difference.double()), precision.matrix.diagonal().sum(), remedy)
+        _check_positive(torch.linalg.eigvalsh(difference.double()), precision.matrix.diagonal().sum())
         return DensePrecision(difference, precision.coordinates())
     if isinstance(precision, LowRankPrecision) and isinstance(prior, LowRankPrecision) and prior.rank == 0:
         difference = precision.entries - prior.entries.to(precision.entries)
-        _check_positive(difference, precision.entries.max(), remedy)
+        _check_positive(difference, precision.entries.max())
         return LowRankPrecision(difference.clamp(min=0), precision.columns, precision.layout.shapes)
     if isinstance(precision, EigenKroneckerPrecision) and isinstance(prior, EigenKroneckerPrecision):
         if all(cells.numel() == 1 for cells in prior.cells.values()):
             cells = {k: c - prior.cells[k].to(c) for k, c in precision.cells.items()}
             for name, (left, right) in precision.blocks.items().items():
                 real = (left.multiplicity[:, None] * right.multiplicity) > 0  # an empty complement may hold anything
-                _check_positive(cells[name][real], precision.cells[name].max(), remedy)
+                _check_positive(cells[name][real], precision.cells[name].max())
             return EigenKroneckerPrecision(precision.blocks, {k: c.clamp(min=0) for k, c in cells.items()})
     raise BeliefError(f"The prior cannot be subtracted from a {precision.structure} precision. {remedy}")
 
 
-def _check_positive(difference: Tensor, largest: Tensor, remedy: str) -> None:
+def _check_positive(difference: Tensor, largest: Tensor) -> None:
     if difference.min() < -100 * torch.finfo(largest.dtype).eps * largest:
-        raise BeliefError(f"A belief knows less than the prior that it is said to have started from. {remedy}")
+        raise BeliefError(
+            "A belief knows less than the prior that it is said to have started from. Pass the prior that it did "
+            "start from; or, if the filter forgot in between (process noise, columns that were cut), its increments="
+        )
 
 
 def _check_family(beliefs: Sequence[Belief], prior: Belief) -> None:
@@ -165,6 +170,12 @@ def _check_family(beliefs: Sequence[Belief], prior: Belief) -> None:
         if belief.precision.structure != prior.precision.structure:
             raise BeliefError(
                 f"Belief {i} has structure {belief.precision.structure!r}, the prior {prior.precision.structure!r}."
+            )
+        origins = prior.info[INFO].get("origin"), belief.info[INFO].get("origin")
+        if all(origins) and origins[0] != origins[1]:
+            raise BeliefError(
+                f"Belief {i} did not start from this prior: its filter began at other weights. Start all parties from "
+                "one saved initial belief (or adapter), and pass that as `prior`."
             )
         mine, theirs = prior.info.get("adapter"), belief.info.get("adapter")
         if not mine or not theirs:

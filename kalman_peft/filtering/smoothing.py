@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..belief import Belief, BeliefError
+from ..lineage import LINEAGE
 from ..precision import DensePrecision, DiagonalPrecision, LowRankPrecision, Precision
 from .algebra import add, as_double, diffuse, diffuse_back, least_damping
 from .records import TaskRecord
@@ -88,6 +89,7 @@ def smooth_each(
     if covariance and rank is None:
         rank = _rank(records)
     mean: Weights = {}
+    info: Mapping[str, Any] = {}
     later: TaskRecord | None = None
     walk = _backwards(records, rank, keep_discarded) if covariance else ((r, None, None) for r in _reversed(records))
     for t, (record, _, back) in zip(range(len(records) - 1, -1, -1), walk, strict=True):
@@ -95,7 +97,8 @@ def smooth_each(
         mean = dict(belief.mean) if later is None else _step_back(belief, later.transition, mean, start)
         if back is not None:
             precision = add(precision, back, rank, keep_discarded)
-        yield t, _smoothed(belief, mean, precision, "smoothed" if covariance else "filtered")
+        info = info or belief.info
+        yield t, _smoothed(belief, mean, precision, info, covariance)
         later = record
 
 
@@ -158,11 +161,12 @@ def interpolate(
     step = records[t + 1].transition
     before, after = step.part(position - t), step.part(1 - (position - t))
     here = predict(records[t].belief, before, start)
-    mean = _step_back(here, after, _last(smooth_each(records[t + 1 :], start=start, covariance=False))[1].mean, start)
+    _, smoothed = _last(smooth_each(records[t + 1 :], start=start, covariance=False))
+    mean = _step_back(here, after, smoothed.mean, start)
     _, future, _ = _last(_backwards(records[t:], rank, keep_discarded))
     back = None if future is None else _back(future, after)
     precision = here.precision if back is None else add(here.precision, back, rank, keep_discarded)
-    return _smoothed(here, mean, precision, "smoothed")
+    return _smoothed(here, mean, precision, records[-1].belief.info)
 
 
 def _step_back(belief: Belief, transition: Transition, smoothed: Mapping[str, Tensor], start: Start) -> dict:
@@ -266,6 +270,11 @@ def _rank(records: Sequence[TaskRecord]) -> int | None:
     return max(ranks) if ranks else None
 
 
-def _smoothed(belief: Belief, mean: Mapping[str, Tensor], precision: Precision, kind: str) -> Belief:
-    record = belief.info[INFO] | {"kind": "smoothed", "precision": kind}
-    return Belief(mean, precision, belief.info | {INFO: record}, belief.source)
+def _smoothed(
+    belief: Belief, mean: Mapping[str, Tensor], precision: Precision, info: Mapping[str, Any], covariance: bool = True
+) -> Belief:
+    """A smoothed belief remembers the data of all tasks, as the last one's `info` says; so do its means alone."""
+    known = info if covariance else belief.info
+    record = known[INFO] | {"kind": "smoothed", "precision": "smoothed" if covariance else "filtered"}
+    past = {LINEAGE: info[LINEAGE]} if LINEAGE in info else {}
+    return Belief(mean, precision, belief.info | {INFO: record} | past, belief.source)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import AdapterState
-from ..belief import Belief, BeliefError
+from ..belief import Belief, BeliefError, tensors_fingerprint
 from ..lineage import describe
 from ..precision import Precision
 from .algebra import STRUCTURES, add, compress_precision, constant, convert, diffuse, least_damping
@@ -65,7 +65,8 @@ def initial_belief(
     if without:
         raise ValueError(f"prior_precision leaves {len(without)} keys without a prior, such as {without[0]!r}.")
     precision = constant(structure, shapes, values, like)
-    return Belief(mean, precision, info | {INFO: {"kind": "prior", "num_labels": 0.0, "tasks": 0}})
+    origin = tensors_fingerprint(mean)[:16]  # all states of a filter keep that of its start: only these can be merged
+    return Belief(mean, precision, info | {INFO: _record("prior", {"num_labels": 0.0, "tasks": 0, "origin": origin})})
 
 
 def absolute(belief: Belief, num_labels: float | None = None, predicted: Belief | None = None) -> Belief:
@@ -95,7 +96,7 @@ def absolute(belief: Belief, num_labels: float | None = None, predicted: Belief 
         raise BeliefError("The belief does not record its number of labels; pass num_labels=.")
     _check_labels(count)
     before = {"num_labels": 0.0, "tasks": 0} if predicted is None else predicted.info[INFO]
-    record = _record("filtered", before["num_labels"] + count, before["tasks"] + 1)
+    record = _record("filtered", before, count)
     precision = _structured(belief.precision.scale(count))
     return Belief(belief.mean, precision, belief.info | {INFO: record}, belief.source)
 
@@ -160,8 +161,7 @@ def update(
     precision = add(_structured(predicted.precision), increment, rank, keep_discarded)
     if rank is not None and precision.structure != "low_rank":
         compress_precision(precision, rank)  # says why there is nothing to cut
-    before = predicted.info[INFO]
-    record = _record("filtered", before["num_labels"] + float(num_labels), before["tasks"] + 1)
+    record = _record("filtered", predicted.info[INFO], num_labels)
     return Belief(mean, precision, predicted.info | {INFO: record}, predicted.source)
 
 
@@ -250,8 +250,11 @@ def _structured(precision: Precision) -> Precision:
     return convert(precision, "ekfac") if precision.structure == "kronecker" else precision
 
 
-def _record(kind: str, num_labels: float, tasks: int) -> dict[str, Any]:
-    return {"kind": kind, "num_labels": float(num_labels), "tasks": tasks}
+def _record(kind: str, before: Mapping[str, Any], num_labels: float | None = None) -> dict[str, Any]:
+    """What a state says of itself: as before, or with the labels of one more task."""
+    more, task = (0.0, 0) if num_labels is None else (float(num_labels), 1)
+    kept = {key: before[key] for key in ("origin",) if key in before}
+    return {"kind": kind, "num_labels": before["num_labels"] + more, "tasks": before["tasks"] + task} | kept
 
 
 def _check_labels(num_labels: float) -> None:
