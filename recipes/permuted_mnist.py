@@ -13,7 +13,6 @@ A seed is a base, an adapter, permutations and draws, the same for all methods. 
 that are there are not repeated. Tables hold means over seeds and 95 % intervals by Student's t.
 """
 
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -39,6 +38,7 @@ from recipe_tools.images import Images, load_images
 from recipe_tools.online_report import interval
 from recipe_tools.plots import COLOURS, MARKERS, STYLE
 from recipe_tools.report import write_json
+from recipe_tools.runs import read_run
 
 
 DEFAULT_METHODS = [
@@ -121,11 +121,8 @@ def run_once(o: Options, images: tuple[Images, Images, str], text: str, seed: in
     file = folder / "runs" / f"{text.replace(':', '+')}-s{seed}.json"
     settings = {key: value for key, value in asdict(o).items() if key not in FREE} | {"provenance": images[2]}
     identity = {"method": text, "seed": seed, "settings": settings}
-    if file.exists():
-        record = json.loads(file.read_text())
-        if record["run"] != identity:
-            raise ValueError(f"{file} is a run with other settings: {record['run']}. Choose another --output_dir.")
-        return record["result"]
+    if stored := read_run(file, identity):
+        return stored["result"]
     tasks = make_tasks(o.kind, images[0], images[1], o.tasks, o.samples, o.heldout, seed)
     model = make_mlp(tasks[0].train["pixel_values"].shape[1], o.hidden, o.layers, o.r, seed)
     how = Training(o.epochs, o.batch_size, o.learning_rate, o.curvature_samples)
