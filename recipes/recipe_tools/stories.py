@@ -173,7 +173,8 @@ def read_weights(data: bytes) -> tuple[LlamaConfig, dict[str, Tensor], int]:
     config = LlamaConfig(
         vocab_size=vocabulary, hidden_size=width, intermediate_size=hidden, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=groups, max_position_embeddings=positions, rms_norm_eps=1e-5,
-        tie_word_embeddings=shared, bos_token_id=1, eos_token_id=2, dtype="float32",
+        tie_word_embeddings=shared, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        dtype="float32",
     )  # fmt: skip
     return config, weights, place
 
