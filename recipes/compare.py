@@ -31,7 +31,7 @@ from transformers import HfArgumentParser
 from recipe_tools.arguments import Help
 from recipe_tools.comparison.pool import run_all
 from recipe_tools.comparison.report import write_report
-from recipe_tools.comparison.runner import Runner
+from recipe_tools.comparison.runner import Run, Runner
 from recipe_tools.comparison.scenario import Scenario, load_scenarios
 from recipe_tools.comparison.summary import summarise
 from recipe_tools.runs import all_cores, file_name
@@ -92,7 +92,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     console, folder = Console(width=200), Path(o.output_dir)
     runner = Runner(scenarios, folder, o.threads or max(all_cores() // o.processes, 1))
     todo = runner.missing()  # refuses files of other settings before anything is run
-    failed = {} if o.report else run_all(runner, todo, o.processes)
+    failed: dict[Run, str] = {}
+    if not o.report:
+        if o.processes > 1:
+            runner.prepare(todo)
+        failed = run_all(runner, todo, o.processes)
     summaries = {}
     for name, scenario in scenarios.items():
         summaries[name] = summarise(scenario, lambda setting, seed, name=name: runner.stored(name, setting, seed))

@@ -145,14 +145,18 @@ def test_a_run_that_fails_leaves_the_others(arguments, tmp_path, fake, capsys):
     assert "- broken: seeds 0" in (tmp_path / "out" / "tiny" / "report.md").read_text()
 
 
-def test_two_processes_write_the_same_files_as_one(arguments, tmp_path, fake):
+def test_two_processes_write_the_same_files_as_one(arguments, tmp_path, fake, monkeypatch):
     recipe.main(arguments())
     (scenarios, other) = load_scenarios([tmp_path / "grid.yaml"]), tmp_path / "other"
     runner = Runner(scenarios, other, threads=1)
+    monkeypatch.setenv("KALMAN_PEFT_CACHE", str(tmp_path / "cold"))
+    runner.prepare(runner.missing())
+    cached = {path: path.stat().st_mtime_ns for path in (tmp_path / "cold").rglob("*")}
     assert run_all(fake_methods.Faked(runner), runner.missing(), processes=2) == {}
     ours, theirs = stored(tmp_path / "out"), stored(other)
     assert ours.keys() == theirs.keys() and len(ours) == 8
     assert all(losses(ours[name]) == losses(theirs[name]) for name in ours)
+    assert cached and cached == {path: path.stat().st_mtime_ns for path in (tmp_path / "cold").rglob("*")}
 
 
 def test_a_process_that_dies_leaves_the_others(tmp_path):

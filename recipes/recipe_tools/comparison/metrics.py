@@ -33,7 +33,9 @@ def evaluate(data: ScenarioData, model: Any, tuned: bool = True) -> dict[str, An
     target: dict[str, Any] = losses(data.heldout_rows, "target")
     if s.generate_items and "answer" in data.heldout.column_names:
         some = head(data.heldout, s.generate_items)
-        target |= answer_accuracy(model, data.tokenizer, some, extract=data.reader, max_new_tokens=s.max_length)
+        longest = max(len(ids) for ids in data.tokenizer(list(some["answer"]))["input_ids"])
+        room = min(longest + longest // 4 + 8, s.max_length)
+        target |= answer_accuracy(model, data.tokenizer, some, extract=data.reader, max_new_tokens=room)
     return {
         "target": target,
         "sources": {name: losses(rows, name) for name, rows in data.kept.items()},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -101,6 +101,16 @@ class Runner:
                         if self.stored(name, setting, seed) is None:
                             found[Run(name, method, seed)] = None
         return list(found)
+
+    def prepare(self, runs: Iterable[Run]) -> None:
+        """Make what lies in the cache once, before several processes would each make it.
+
+        Args:
+            runs (`Iterable[Run]`): Which will be done.
+        """
+        for name in dict.fromkeys(run.scenario for run in runs):
+            data = ScenarioData(self.scenarios[name])
+            _ = data.kept, data.source(data.scenario.seeds[0])
 
     def __call__(self, run: Run) -> None:
         """Train, measure, and write a file for every setting that the method makes.
