@@ -24,8 +24,6 @@ from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     DataCollatorForSeq2Seq,
     TrainerCallback,
     set_seed,
@@ -39,9 +37,10 @@ from recipe_tools.arguments import parser_with_config
 from recipe_tools.choices import load_choices
 from recipe_tools.encoding import tokenize, tokenize_supervised
 from recipe_tools.evaluate import choice_accuracy, kl_from_base, text_loss
-from recipe_tools.offline import SMOLLM2_HUB_ID, smollm2_checkpoint
+from recipe_tools.models import MODEL_HELP, load_base, load_tokenizer
 from recipe_tools.plots import Curve, plot_curves, plot_plane
 from recipe_tools.report import results_json, write_json
+from recipe_tools.runs import all_cores
 from recipe_tools.sources import Source, load_sources
 from recipe_tools.tables import markdown_table, table
 from recipe_tools.targets import Target, load_target
@@ -60,7 +59,7 @@ CURVATURE = ("laplace_structure", "laplace_space", "laplace_fisher")
 class Options:
     """What to train, on what, by which methods."""
 
-    model: str = field(default="smollm2", metadata={"help": "'smollm2' (from a package, no hub), a Hub id or a path."})
+    model: str = field(default="smollm2", metadata={"help": MODEL_HELP})
     dataset: str = field(
         default="gsm8k-offline",
         metadata={"help": "Target: 'gsm8k-offline', 'gsm_symbolic', 'far-domains', a Hub id, or a .jsonl file."},
@@ -138,10 +137,7 @@ class Job:
         self.output = Path(options.output_dir)
         self.main = PartialState().is_main_process
         with PartialState().main_process_first():
-            self.path = str(smollm2_checkpoint()) if options.model == "smollm2" else options.model
-        self.tokenizer = AutoTokenizer.from_pretrained(self.path)
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
+            self.tokenizer = load_tokenizer(options.model)
         with PartialState().main_process_first():
             self.target: Target = load_target(
                 options.dataset, limit_train=None, limit_eval=options.eval_items, seed=options.seed
@@ -170,11 +166,7 @@ class Job:
 
     def model(self) -> Any:
         """The base model with a fresh adapter, the same for every method."""
-        base = AutoModelForCausalLM.from_pretrained(
-            self.path, dtype=torch.bfloat16 if self.options.bf16 else torch.float32
-        )
-        if self.options.model == "smollm2":  # the card and the adapter name the model, not a folder of this machine
-            base.name_or_path = base.config._name_or_path = SMOLLM2_HUB_ID
+        base = load_base(self.options.model, torch.bfloat16 if self.options.bf16 else torch.float32)
         set_seed(self.options.seed)
         config = LoraConfig(
             r=self.options.r, lora_alpha=self.options.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
@@ -374,8 +366,7 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     PartialState(cpu=not torch.cuda.is_available())  # joins the process group, if there is one
     if options.threads or not torch.cuda.is_available():  # a launcher may have set a single thread
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(options.threads or max(cores // PartialState().num_processes, 1))
+        torch.set_num_threads(options.threads or max(all_cores() // PartialState().num_processes, 1))
     began = time.perf_counter()
     job = Job(options)
     console = Console(quiet=not job.main)

@@ -18,8 +18,6 @@ A method is "adamw:RATE", "adagrad:RATE", "sgd:RATE", or "loko:OPTION=VALUE,..."
 not tuned. Every run is a file of its own under --output_dir; runs that are there are not repeated.
 """
 
-import json
-import re
 import statistics
 import sys
 from dataclasses import asdict, dataclass, field
@@ -37,6 +35,7 @@ from recipe_tools.labelled import TEXT_TASKS
 from recipe_tools.online_report import online_markdown, online_table, plot_online, summarise_runs
 from recipe_tools.prequential import RATED, Learner, Trace, canonical, run_stream, summarise, to_record
 from recipe_tools.report import write_json
+from recipe_tools.runs import device_name, file_name, read_run, short_name
 from recipe_tools.streams import Stream, image_stream, text_stream
 from recipe_tools.vit import Pretraining
 
@@ -171,13 +170,10 @@ class Runner:
         Raises:
             ValueError: The file is of other settings.
         """
-        file = self.folder / "runs" / f"b{batch_size}" / f"{re.sub(r'[^A-Za-z0-9.=,_+-]', '_', method)}-s{seed}.json"
+        file = self.folder / "runs" / f"b{batch_size}" / f"{file_name(method)}-s{seed}.json"
         identity = {"method": method, "batch_size": batch_size, "seed": seed, "settings": self.settings}
-        if file.exists():
-            record = json.loads(file.read_text())
-            if record["run"] != identity:
-                raise ValueError(f"{file} is a run with other settings: {record['run']}. Choose another --output_dir.")
-            return Trace(**record["trace"])
+        if stored := read_run(file, identity):
+            return Trace(**stored["trace"])
         model = self.model(seed)
         samples = self.stream.samples(seed)
         batches = [
@@ -185,7 +181,7 @@ class Runner:
         ]
         trace = run_stream(model, Learner(method, model, seed), batches, f"{method}, batch {batch_size}, seed {seed}")
         record = to_record(trace)
-        write_json({"run": identity, "device": _device_name(), "trace": record}, file)
+        write_json({"run": identity, "device": device_name(), "trace": record}, file)
         return Trace(**record)
 
     def model(self, seed: int) -> Any:
@@ -224,15 +220,6 @@ class Runner:
         return {"log_loss": losses, "chosen": chosen, "edge": len(tried) > 1 and chosen in (tried[0], tried[-1])}
 
 
-def short_name(name: str) -> str:
-    """A path without its folder, anything else as it is."""
-    return Path(name).name if Path(name).exists() else name
-
-
-def _device_name() -> str:
-    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
-
-
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Tune, evaluate, and write tables and pictures.
 
@@ -265,7 +252,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     results = {size: summarise_runs(runs, stream.windows) for size, runs in traces.items()}
     summary = {
         "settings": runner.settings | {"seeds": o.seeds, "tune_seeds": o.tune_seeds, "rates": o.rates},
-        "device": _device_name(),
+        "device": device_name(),
         "tuning": tuning,
         "results": results,
     }

@@ -13,7 +13,6 @@ A seed is a base, an adapter, permutations and draws, the same for all methods. 
 that are there are not repeated. Tables hold means over seeds and 95 % intervals by Student's t.
 """
 
-import json
 import math
 import sys
 from dataclasses import asdict, dataclass, field
@@ -30,6 +29,7 @@ from recipe_tools.image_report import CAPTION, plot_all, summarise, table_cells
 from recipe_tools.image_tasks import KINDS, between_rotations, make_mlp, make_tasks
 from recipe_tools.images import Images, load_images
 from recipe_tools.report import write_json
+from recipe_tools.runs import read_run
 from recipe_tools.tables import console_table, markdown
 
 
@@ -117,11 +117,8 @@ def run_once(
     file = folder / "runs" / f"{text.replace(':', '+')}-s{seed}-{order}.json"
     settings = {key: value for key, value in asdict(o).items() if key not in FREE} | {"provenance": images[2]}
     identity = {"method": text, "seed": seed, "order": order, "settings": settings}
-    if file.exists():
-        record = json.loads(file.read_text())
-        if record["run"] != identity:
-            raise ValueError(f"{file} is a run with other settings: {record['run']}. Choose another --output_dir.")
-        return record["result"]
+    if stored := read_run(file, identity):
+        return stored["result"]
     tasks = make_tasks(o.kind, images[0], images[1], o.tasks, o.samples, o.heldout, seed)
     between = between_rotations(images[1], o.tasks, o.heldout, seed) if o.kind == "rotated" else []
     if order == "reversed":

@@ -25,9 +25,7 @@ All methods of a seed begin with the same adapter and see the same rows. Every r
 --output_dir; runs that are there are not repeated. One process.
 """
 
-import json
 import os
-import re
 import shutil
 import sys
 from dataclasses import asdict, dataclass, field
@@ -39,17 +37,18 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, set_seed
+from transformers import DataCollatorForSeq2Seq, set_seed
 from transformers.utils import logging
 
 from kalman_peft import AdapterState, KalmanConfig
 from recipe_tools.arguments import parser_with_config
-from recipe_tools.domains import TEXTS, Domain, load_domain, split_spec
+from recipe_tools.domains import Domain, load_domain, split_spec
 from recipe_tools.encoding import tokenize
 from recipe_tools.evaluate import kl_from_base, text_loss
-from recipe_tools.offline import SMOLLM2_HUB_ID, smollm2_checkpoint
+from recipe_tools.models import MODEL_HELP, load_base, load_tokenizer
 from recipe_tools.report import write_json
 from recipe_tools.rows import head
+from recipe_tools.runs import all_cores, device_name, file_name, read_run, short_name
 from recipe_tools.sequence_report import (
     CAPTION,
     plot_sequences,
@@ -57,7 +56,7 @@ from recipe_tools.sequence_report import (
     table_cells,
 )
 from recipe_tools.sequences import Adapter, Learnt, Setup, canonical, learn
-from recipe_tools.sources import load_sources
+from recipe_tools.sources import TEXTS, load_sources
 from recipe_tools.tables import console_table, markdown
 
 
@@ -77,7 +76,7 @@ FREE = ("methods", "orders", "seeds", "threads", "keep_states", "output_dir")
 class Options:
     """The domains, the model and the methods."""
 
-    model: str = field(default="smollm2", metadata={"help": "'smollm2' (from a package, no hub), a Hub id or a path."})
+    model: str = field(default="smollm2", metadata={"help": MODEL_HELP})
     domains: list[str] = field(
         default_factory=lambda: ["maths:gsm_symbolic", "cipher:caesar_cipher", "sorting:word_sorting"],
         metadata={"help": "NAME:DATA, see above; at least two."},
@@ -190,16 +189,12 @@ class Runner:
         name = f"{file_name(method)}-o{order}-s{seed}"
         file = self.folder / "runs" / f"{name}.json"
         identity = {"method": method, "order": order, "seed": seed, "settings": self.settings}
-        if file.exists():
-            record = json.loads(file.read_text())
-            if record["run"] != identity:
-                raise ValueError(f"{file} is a run with other settings: {record['run']}. Choose another --output_dir.")
-            return record
+        if stored := read_run(file, identity):
+            return stored
         names = [self.names[place] for place in _places(order)]
         setup = self.setup(names, seed, self.folder / "states" / name)
         learnt = learn(method, setup)
-        device = learnt.model.device
-        record = {"run": identity, "kind": method.partition(":")[0], "names": names, "device": _device_name(device)}
+        record = {"run": identity, "kind": method.partition(":")[0], "names": names, "device": device_name()}
         record |= self.scores(learnt, names)
         record |= {"seconds": learnt.seconds, "figures": learnt.figures, "provenance": self.provenance(names, seed)}
         write_json(record, file)
@@ -275,17 +270,9 @@ class Runner:
     # -- model and data, loaded only if there is a run to do ---------------------------------------------------------
 
     @cached_property
-    def path(self) -> str:
-        """Of the base model."""
-        return str(smollm2_checkpoint()) if self.options.model == "smollm2" else self.options.model
-
-    @cached_property
     def tokenizer(self) -> Any:
         """That of the model, with a pad token."""
-        tokenizer = AutoTokenizer.from_pretrained(self.path)
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        return tokenizer
+        return load_tokenizer(self.options.model)
 
     @cached_property
     def heldout(self) -> dict[str, Dataset]:
@@ -298,9 +285,7 @@ class Runner:
     @cached_property
     def text(self) -> Dataset:
         """Held-out rows of the general text."""
-        offline = self.options.text in TEXTS
-        sources = load_sources("offline" if offline else self.options.text, limit_heldout=self.options.text_items)
-        source = sources[self.options.text] if offline else next(iter(sources.values()))
+        source = next(iter(load_sources(self.options.text, limit_heldout=self.options.text_items).values()))
         return tokenize(source.heldout, self.tokenizer, self.options.max_length)
 
     def rows(self, seed: int) -> tuple[dict[str, Dataset], dict[str, Domain]]:
@@ -322,26 +307,10 @@ class Runner:
     def model(self, seed: int) -> Any:
         """The base model with the adapter of a seed."""
         o = self.options
-        base = AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.bfloat16 if o.bf16 else torch.float32)
-        if o.model == "smollm2":  # adapters and beliefs name the model, not a folder of this machine
-            base.name_or_path = base.config._name_or_path = SMOLLM2_HUB_ID
+        base = load_base(o.model, torch.bfloat16 if o.bf16 else torch.float32)
         set_seed(seed)
         config = LoraConfig(r=o.r, lora_alpha=o.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
         return get_peft_model(base, config)
-
-
-def short_name(name: str) -> str:
-    """A path without its folder, anything else as it is."""
-    return Path(name).name if Path(name).exists() else name
-
-
-def file_name(method: str) -> str:
-    """A method's name without what file systems refuse."""
-    return re.sub(r"[^A-Za-z0-9.=,_+-]", "_", method)
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(0) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
 
 
 def write_summary(
@@ -390,8 +359,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         `dict[str, Any]`: What summary.json holds.
     """
     o = parse(sys.argv[1:] if arguments is None else arguments)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(o.threads or cores)
+    torch.set_num_threads(o.threads or all_cores())
     logging.disable_progress_bar()
     console, runner = Console(width=170), Runner(o)
     runs: dict[str, dict[str, list[dict[str, Any]]]] = {}

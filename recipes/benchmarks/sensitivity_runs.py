@@ -8,8 +8,6 @@
 A run's name is that of `online_classification.py`: "loko", or "loko:OPTION=VALUE,...".
 """
 
-import json
-import re
 import statistics
 import sys
 from collections.abc import Callable
@@ -35,13 +33,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from kalman_peft import create_loko_optimizer
 from online_classification import Options as StreamOptions
-from online_classification import Runner, make_stream, short_name
+from online_classification import Runner, make_stream
 from recipe_tools.encoding import tokenize_supervised
 from recipe_tools.evaluate import text_loss
 from recipe_tools.offline import minilm_checkpoint, smollm2_checkpoint
 from recipe_tools.prequential import parse_options, summarise
 from recipe_tools.report import write_json
 from recipe_tools.rows import head
+from recipe_tools.runs import file_name, read_run, short_name
 from recipe_tools.targets import load_target
 
 
@@ -232,13 +231,10 @@ def _once(folder: Path, name: str, seed: int, settings: dict[str, Any], measure:
     Raises:
         ValueError: The file is of other settings.
     """
-    file = folder / f"{re.sub(r'[^A-Za-z0-9.=,_+-]', '_', name)}-s{seed}.json"
+    file = folder / f"{file_name(name)}-s{seed}.json"
     identity = {"method": name, "seed": seed, "settings": settings}
-    if file.exists():
-        record = json.loads(file.read_text())
-        if record["run"] != identity:
-            raise ValueError(f"{file} is a run with other settings: {record['run']}. Choose another --output_dir.")
-        return record["loss"]
+    if stored := read_run(file, identity):
+        return stored["loss"]
     loss = measure()
     write_json({"run": identity, "loss": loss}, file)
     return loss

@@ -7,11 +7,8 @@ from dataclasses import dataclass
 from datasets import Dataset
 
 from .rows import head
-from .sources import load_sources
-from .targets import GENERATED, load_target
-
-
-TEXTS = ("wikipedia", "books", "math")  # of the offline sources
+from .sources import TEXTS, load_sources
+from .targets import GENERATED, load_target, names_generated
 
 
 @dataclass(frozen=True)
@@ -35,8 +32,8 @@ def split_spec(spec: str) -> tuple[str, str]:
     """Read "NAME:DATA", or DATA alone, which then is the name too.
 
     Args:
-        spec (`str`): DATA is a generator of reasoning-gym (`GENERATED`), an offline text (`TEXTS`), a .jsonl file or a
-            Hub id, which may have a configuration: "chat:owner/name:configuration".
+        spec (`str`): DATA is a generator of reasoning-gym (`GENERATED`) or several with "+" between, an offline text
+            (`TEXTS`), a .jsonl file or a Hub id, which may have a configuration: "chat:owner/name:configuration".
 
     Returns:
         `tuple[str, str]`: Name and data.
@@ -44,7 +41,7 @@ def split_spec(spec: str) -> tuple[str, str]:
     Raises:
         ValueError: One of the two is missing.
     """
-    known = spec in GENERATED or spec in TEXTS
+    known = names_generated(spec) or spec in TEXTS
     name, colon, data = (spec, ":", spec) if known else spec.partition(":")
     if not (name and colon and data) or "/" in name:
         raise ValueError(
@@ -68,7 +65,7 @@ def load_domain(spec: str, *, limit_train: int | None, limit_eval: int, seed: in
     """
     name, data = split_spec(spec)
     if data in TEXTS:
-        source = load_sources("offline")[data]
+        source = load_sources(data)[data]
         train = head(source.fit.shuffle(seed=seed), limit_train)
         return Domain(name, source.provenance, train, head(source.heldout, limit_eval))
     target = load_target(data, limit_train=limit_train, limit_eval=limit_eval, seed=seed)

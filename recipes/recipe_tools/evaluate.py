@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -86,15 +87,22 @@ def choice_accuracy(
 
 
 def kl_from_base(
-    model: nn.Module, rows: Rows, *, max_tokens: int = 2048, description: str = "KL from base"
+    model: nn.Module,
+    rows: Rows,
+    *,
+    base: nn.Module | None = None,
+    max_tokens: int = 2048,
+    description: str = "KL from base",
 ) -> dict[str, float]:
     """Compute the mean KL(base || tuned) per labelled token, and both losses from the same forward passes.
 
-    The base is the model with its adapter disabled. Whole distributions are compared in float32, one batch at a time.
+    Whole distributions are compared in float32, one batch at a time.
 
     Args:
-        model (`nn.Module`): A `PeftModel` with an active adapter.
+        model (`nn.Module`): The tuned model; without `base` a `PeftModel` with an active adapter.
         rows (`Rows`): Columns `input_ids` and `labels` (-100: not compared).
+        base (`nn.Module`, *optional*): The base model, on the same device; by default `model` with its adapter
+            disabled, which is no base where a method has changed the weights below the adapter.
         max_tokens (`int`, *optional*, defaults to 2048): Padded tokens per batch.
         description (`str`, *optional*): Label of the progress bar.
 
@@ -102,19 +110,22 @@ def kl_from_base(
         `dict[str, float]`: `kl`, `loss` and `base_loss` in nats per token, and `tokens`.
 
     Raises:
-        TypeError: If the model has no adapter to disable.
+        TypeError: If there is no `base`, and the model has no adapter to disable.
     """
-    disable_adapter = getattr(model, "disable_adapter", None)
+    disable_adapter = getattr(model, "disable_adapter", None) if base is None else nullcontext
     if disable_adapter is None:
-        raise TypeError(f"`model` must be a PeftModel whose adapter can be disabled, got {type(model).__name__}.")
+        raise TypeError(
+            f"`model` must be a PeftModel whose adapter can be disabled, got {type(model).__name__}; or give `base`."
+        )
+    reference = model if base is None else base
     sums, tokens = torch.zeros(3, dtype=torch.float64), 0  # KL, loss, base loss
-    with evaluating(model):
+    with evaluating(model), evaluating(reference):
         for _, inputs, labels in padded_batches(model, rows, max_tokens, description):
             scored = labels != IGNORE_INDEX
             tuned = next_token_logits(model, inputs)[scored]  # (tokens, vocabulary)
             with disable_adapter():
-                base = next_token_logits(model, inputs)[scored]
-            for p, q, y in zip(*(x.split(LOGIT_ROWS) for x in (base, tuned, labels[scored])), strict=True):
+                given = next_token_logits(reference, inputs)[scored]
+            for p, q, y in zip(*(x.split(LOGIT_ROWS) for x in (given, tuned, labels[scored])), strict=True):
                 p, q = p.float().log_softmax(-1), q.float().log_softmax(-1)
                 kl = F.kl_div(q, p, reduction="sum", log_target=True)
                 sums += torch.stack([kl, F.nll_loss(q, y, reduction="sum"), F.nll_loss(p, y, reduction="sum")]).cpu()

@@ -12,6 +12,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -43,16 +44,17 @@ def results_json(
     train_samples: int,
     train_total_tokens: int,
     provenance: Mapping[str, str],
-    forgetting_source: str = "wikipedia",
+    forgetting_source: str | Sequence[str] = "wikipedia",
     file_size: int = 0,
     memory_reserved: Sequence[int] = (),
     method: Mapping[str, Any] | None = None,
+    further: Mapping[str, Any] | None = None,
     error_msg: str = "",
 ) -> dict[str, Any]:
     """Build the record of one run, readable by PEFT's `method_comparison/processing.py`.
 
-    The last entry of `train_info.metrics` holds the test accuracy and `forgetting`, the rise of one source's loss.
-    PEFT measures it on its own Wikipedia sample in its own way: the figures are of one kind, but not comparable.
+    The last entry of `train_info.metrics` holds the test accuracy and `forgetting`, the rise of the source loss. PEFT
+    measures it on its own Wikipedia sample in its own way: the figures are of one kind, but not comparable.
 
     Args:
         experiment_name (`str`): Such as `"lalora/smollm2-135m-r8"`.
@@ -71,10 +73,12 @@ def results_json(
         train_samples (`int`): Samples seen.
         train_total_tokens (`int`): Tokens seen.
         provenance (`Mapping[str, str]`): What the data are, by name.
-        forgetting_source (`str`, *optional*, defaults to `"wikipedia"`): Source of the `forgetting` figure.
+        forgetting_source (`str` or `Sequence[str]`, *optional*, defaults to `"wikipedia"`): Source of the `forgetting`
+            figure; of several the mean of their losses.
         file_size (`int`, *optional*, defaults to 0): Bytes of the saved adapter.
         memory_reserved (`Sequence[int]`, *optional*): Accelerator bytes reserved at each step; empty on CPU.
         method (`Mapping[str, Any]`, *optional*): Settings of the method beyond the adapter's.
+        further (`Mapping[str, Any]`, *optional*): Figures of a recipe's own, which go under `kalman_peft`.
         error_msg (`str`, *optional*, defaults to `""`): Why the run failed; empty on success.
 
     Returns:
@@ -85,11 +89,12 @@ def results_json(
     """
     if "model_id" not in train_config or not metrics:
         raise ValueError("`train_config` needs a `model_id` and `metrics` at least one row.")
-    if forgetting_source not in before["sources"] or forgetting_source not in after["sources"]:
+    names = [forgetting_source] if isinstance(forgetting_source, str) else list(forgetting_source)
+    if not names or not before["sources"].keys() & after["sources"].keys() >= set(names):
         raise ValueError(
             f"`forgetting_source` {forgetting_source!r} is not among the sources {list(after['sources'])}."
         )
-    source_loss = [evaluation["sources"][forgetting_source]["loss"] for evaluation in (before, after)]
+    source_loss = [fmean(evaluation["sources"][name]["loss"] for name in names) for evaluation in (before, after)]
     final = {
         "step": metrics[-1]["step"],
         "test accuracy": after["target"].get("accuracy"),
@@ -142,6 +147,7 @@ def results_json(
             "after": after,
             "change": _changes(before, after),
             "curve": list(curve),
+            **(further or {}),
         },
     }
     return _plain(record)

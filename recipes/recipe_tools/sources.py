@@ -9,8 +9,12 @@ from pathlib import Path
 from datasets import Dataset
 
 from .rows import SPLIT_SEED, head, keep, load_splits, olmo_requests, problem_columns, split_documents
+from .self_written import written_stories
+from .targets import load_target
 
 
+OFFLINE = ("wikipedia", "books", "math")  # without a hub, and by default
+TEXTS = (*OFFLINE, "gsm8k", "stories")  # all that need no hub
 DOCUMENT_COLUMNS = ("document", "title", "url")
 # Shorter rows of text datasets are headings and blank lines.
 MIN_CHARACTERS = 80
@@ -40,18 +44,17 @@ def load_sources(
 
     Args:
         name (`str`, *optional*, defaults to `"offline"`): `"offline"` (Wikipedia paragraphs, book passages, algebra
-            problems), or a comma-separated list of Hub ids (`"owner/name:configuration"`) and local `.txt`, `.jsonl`
-            or `.jsonl.gz` files with a `text` column or question and answer columns.
+            problems), or a comma-separated list of `TEXTS`, of Hub ids (`"owner/name:configuration"`) and of local
+            `.txt`, `.jsonl` or `.jsonl.gz` files with a `text` column or question and answer columns.
         limit_fit (`int`, *optional*): Rows per source for curvature estimation; `None` takes all.
         limit_heldout (`int`, *optional*): Rows per source for evaluation; `None` takes all.
 
     Returns:
         `dict[str, Source]`: The sources by name, in the order of the report.
     """
-    if name == "offline":
-        sources = [_wikipedia(), _books(), _algebra()]
-    else:
-        sources = [_external_source(part.strip()) for part in name.split(",") if part.strip()]
+    makers = {"wikipedia": _wikipedia, "books": _books, "math": _algebra, "gsm8k": _gsm8k, "stories": _stories}
+    parts = OFFLINE if name == "offline" else [part.strip() for part in name.split(",") if part.strip()]
+    sources = [makers[part]() if part in makers else _external_source(part) for part in parts]
     return {
         source.name: Source(
             source.name,
@@ -88,6 +91,17 @@ def _algebra() -> Source:
     rows = Dataset.from_list([{"question": doc["problem"], "answer": doc["solution"]} for doc in docs])
     fit, heldout = split_documents(rows, lambda row: row["question"])
     return Source("math", "MATH test problems (algebra) with solutions, split by problem", fit, heldout)
+
+
+def _gsm8k() -> Source:
+    problems = load_target("gsm8k-offline", limit_train=None, limit_eval=None, seed=SPLIT_SEED)
+    return Source("gsm8k", problems.provenance, problems.train, problems.heldout)
+
+
+def _stories() -> Source:
+    fit, heldout = ([{"text": text} for text in texts] for texts in written_stories())
+    provenance = "stories that stories15M wrote, drawn at temperature 1, the held-out ones with another seed"
+    return Source("stories", provenance, Dataset.from_list(fit), Dataset.from_list(heldout))
 
 
 def _external_source(name: str) -> Source:

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from datasets import Dataset
@@ -123,6 +125,22 @@ def test_kl_is_zero_at_first_and_right_afterwards(lora, tokenizer):
     assert lora.training
 
 
-def test_kl_needs_an_adapter(model, rows):
-    with pytest.raises(TypeError, match="PeftModel"):
+def test_kl_to_a_separate_base_is_the_same(model, rows):
+    base = copy.deepcopy(model)
+    lora = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    torch.nn.init.normal_(lora.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"].weight)
+    base.train()
+    expected = kl_from_base(lora, rows)
+    assert kl_from_base(lora, rows, base=base) == pytest.approx(expected) and expected["kl"] > 1e-3
+    assert base.training
+    # Where the weights below the adapter have changed, only a separate base tells.
+    with torch.no_grad():
+        lora.base_model.model.lm_head.weight.mul_(1.5)
+    assert kl_from_base(lora, rows, base=base)["base_loss"] == pytest.approx(expected["base_loss"])
+    assert kl_from_base(lora, rows)["base_loss"] != pytest.approx(expected["base_loss"], rel=1e-3)
+    assert kl_from_base(base, rows, base=base)["kl"] == pytest.approx(0, abs=1e-9)
+
+
+def test_kl_needs_an_adapter_or_a_base(model, rows):
+    with pytest.raises(TypeError, match=r"PeftModel.*or give `base`"):
         kl_from_base(model, rows)

@@ -4,7 +4,8 @@ import pytest
 from peft import LoraConfig
 from rich.console import Console
 
-from recipe_tools.plots import Curve, plot_curves, plot_plane
+from recipe_tools import plots
+from recipe_tools.plots import Curve, PlanePoint, plot_curves, plot_plane
 from recipe_tools.report import flips, results_json, write_json
 from recipe_tools.tables import markdown_table, table
 
@@ -82,8 +83,16 @@ def test_memory_is_summarised():
 def test_raises_when_the_forgetting_source_is_missing():
     with pytest.raises(ValueError, match="news"):
         make_record(forgetting_source="news")
+    with pytest.raises(ValueError, match=r"\['math', 'news'\]"):
+        make_record(forgetting_source=["math", "news"])
     with pytest.raises(ValueError, match="model_id"):
         make_record(train_config={})
+
+
+def test_forgetting_of_several_sources_is_their_mean():
+    record = make_record(forgetting_source=["wikipedia", "math"], further={"setup_seconds": 2.0})
+    assert record["train_info"]["metrics"][-1]["forgetting"] == pytest.approx((0.05 - 0.2) / 2)
+    assert record["kalman_peft"]["setup_seconds"] == 2.0
 
 
 def test_flips_need_equal_lengths():
@@ -109,6 +118,24 @@ def test_tables_agree():
     shown = console.export_text()
     assert "1.000 (-0.500)" in shown and "0.100 (+0.100)" in shown
     assert len(text.splitlines()) - 2 == table(BEFORE, {"LoRA": AFTER}).row_count
+
+
+def test_the_plane_ends_at_the_worst_rise(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure.axes[0]))
+    runs = {"a": [(1.2, 0.1), (0.5, 9.0), (1.0, -0.2)]}
+    details = {
+        "a": [PlanePoint(chosen=True, target=(1.1, 1.3), source=(0.0, 0.2)), PlanePoint(joined=False), PlanePoint()]
+    }
+    plot_plane(runs, tmp_path / "x.png", base=(1.5, 0.0), details=details, worst=0.5)
+    low, high = drawn[0].get_ylim()
+    assert high <= 0.5 and low < -0.2  # what is not joined does not stretch the axes
+    curve = next(line for line in drawn[0].lines if line.get_label() == "a")
+    assert curve.get_xdata().tolist() == pytest.approx([0, 0.3, 0.5])
+    bars = [line.get_xdata() for line in drawn[0].lines if len(line.get_xdata()) == 2]
+    assert any(list(bar) == pytest.approx([0.4, 0.2]) for bar in bars)
+    plot_plane({"a": [(0.5, 9.0)]}, tmp_path / "x.png", base=(1.5, 0.0), worst=0.5)
+    assert drawn[1].get_ylim()[1] == 0.5
 
 
 def test_figures_are_pngs(tmp_path):
