@@ -112,14 +112,14 @@ def check_dataset(what: str, data: Any) -> None:
         raise TypeError(f"{what} must be a dataset with a length and rows by number, got {_kind(data)}; a list does.")
 
 
-def fingerprint(name: str, data: Any) -> str:
-    """Of the data of a task, the same on all processes.
+def fingerprint(name: str, data: Any, argument: str) -> str:
+    """Of the data of a task, the same on all processes; `argument` names them in errors.
 
     Raises:
         TypeError: No dataset.
         ValueError: Streaming, or no data.
     """
-    check_dataset(f"Task {name!r}: the data", data)
+    check_dataset(f"Task {name!r}: {argument}", data)
     if is_streaming(data):
         raise ValueError(f"Task {name!r}: streaming data cannot be resumed; give a dataset with a length.")
     if not len(data):

@@ -149,7 +149,7 @@ class ContinualLearner(TaskRuns):
             FloatingPointError: The adapter holds NaN or Inf after training.
         """
         check_name(name)
-        mark = fingerprint(name, train_dataset)
+        mark = fingerprint(name, train_dataset, "train_dataset")
         if eval_dataset is not None:
             check_dataset("eval_dataset", eval_dataset)
             self.eval_datasets.setdefault(name, eval_dataset)
@@ -189,7 +189,7 @@ class ContinualLearner(TaskRuns):
             raise ValueError(f"detect has action={options['action']!r}; a task's end needs action='stop'.")
         if self.args.dataloader_drop_last:
             raise ValueError("dataloader_drop_last=True would leave the end of a stream unread; set it to False.")
-        mark = fingerprint(name, stream)
+        mark = fingerprint(name, stream, "stream")
         while True:
             found = [entry for entry in self.store.entries if entry.get("stream") == name]
             if any(entry["data"] != mark for entry in found):
