@@ -182,6 +182,25 @@ def test_smoothing_notices_a_damaged_adapter(copy):
         learner(copy).smooth()
 
 
+def test_a_damaged_belief_or_record_is_named_with_the_remedy(copy):
+    run = learner(copy)
+    cut(copy / "tasks" / "000-a" / "belief.safetensors")
+    cut(copy / "smoothed" / "a" / "belief.safetensors")
+    with pytest.raises(BeliefError, match=r"belief\.safetensors cannot be read.* remove .*000-a and all later tasks"):
+        run.records()[0]
+    with pytest.raises(BeliefError, match=r"belief\.safetensors cannot be read.* remove .*000-a and all later tasks"):
+        run.smooth()
+    cut(copy / "tasks" / "001-b" / "belief_config.json")
+    with pytest.raises(BeliefError, match=r"belief_config\.json .* remove .*001-b and all later tasks"):
+        run.learn("c", TASKS["c"])
+
+
+def test_a_damaged_start_is_not_copied(copy):
+    flip(copy / "initial" / "adapter_model.safetensors")
+    with pytest.raises(BeliefError, match=r"initial/adapter_model\.safetensors is damaged or missing .its tensors"):
+        ContinualLearner.from_pretrained(copy, make_llama(torch.float32, "sdpa"), config(copy.parent / "went on"))
+
+
 def test_the_remedy_for_a_damaged_task_helps(copy):
     index = json.loads((copy / "continual.json").read_text())
     shutil.rmtree(copy / "tasks" / "001-b")

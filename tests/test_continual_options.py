@@ -10,7 +10,6 @@ from learning import TASKS, config, learner, model
 from transformers import TrainerCallback
 
 from kalman_peft import BeliefError, ContinualLearner, DriftCallback, Transition
-from kalman_peft.continual.options import carries_on
 
 
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -137,7 +136,7 @@ def test_what_changes_the_outcome_may_not_change(one, configured, lora, message)
 
 
 def test_the_motion_is_carried_over(one, tmp_path, caplog):
-    log = logging.getLogger("kalman_peft.continual.learner")
+    log = logging.getLogger("kalman_peft.continual.options")
     log.addHandler(caplog.handler)
     try:
         run = went_on(one.store.folder, tmp_path)
@@ -172,7 +171,6 @@ def test_optimizers_may_change_between_learners(loko, one, tmp_path):
     assert diagonal.learn("b", TASKS["b"])["index"] == 1
     filtered = diagonal.records()[1].belief
     assert filtered.info["filtering"]["tasks"] == 2 and filtered.precision.structure == "diagonal"
-    carries_on(config(tmp_path, **LOKO), "kronecker")  # another name of the same state
 
 
 def test_smoothing_lokos_tasks_says_how(loko):

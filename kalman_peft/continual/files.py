@@ -8,7 +8,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from accelerate import PartialState
 from safetensors import SafetensorError
@@ -20,6 +20,7 @@ from ..belief import BeliefError, tensors_fingerprint, write_atomically
 from ..distributed import from_first, world
 
 
+T = TypeVar("T")
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -195,10 +196,27 @@ def link(*parts: str) -> str:
 
 def damaged(path: Path, why: str) -> BeliefError:
     """For a file of a learner that is missing, truncated or altered; with the remedy."""
-    folder = path.parent if path.parent.parent.name == "tasks" else None
-    learn_again = (
-        f", or remove {folder} and all later tasks with their entries in continual.json: they are then learnt again"
-        if folder is not None
-        else ", or learn in another output_dir"
-    )
-    return BeliefError(f"{path} is damaged or missing ({why}). Restore it from a copy{learn_again}.")
+    return BeliefError(f"{path} is damaged or missing ({why}). {_remedy(path.parent)}")
+
+
+def with_remedy(read: Callable[[Path], T]) -> Callable[[Path], T]:
+    """A reader of a learner's folders whose errors say what to do."""
+
+    def call(folder: Path) -> T:
+        try:
+            return read(folder)
+        except (BeliefError, FileNotFoundError) as error:
+            raise BeliefError(f"{error} {_remedy(folder)}") from error
+
+    return call
+
+
+def _remedy(folder: Path) -> str:
+    if folder.parent.name == "smoothed":
+        return "Call smooth() again."
+    if folder.parent.name == "tasks":
+        return (
+            f"Restore it from a copy, or remove {folder} and all later tasks with their entries in continual.json: "
+            "they are then learnt again."
+        )
+    return "Restore it from a copy, or learn in another output_dir."

@@ -11,7 +11,7 @@ from ..belief import Belief, BeliefError
 from ..filtering import TaskRecord, smooth_each
 from ..metrics import continual_metrics
 from .evaluation import metric_of, score_matrix
-from .files import fill, write_moved_adapter
+from .files import fill, with_remedy, write_moved_adapter
 from .sharing import push
 from .store import Entry, Store
 from .stored import Stored, StoredByName
@@ -37,7 +37,9 @@ class History:
 
     def records(self) -> Sequence[TaskRecord]:
         """What the smoother and [`interpolate`] need of every task, each read from its folder when it is asked for."""
-        return Stored([self.store.task(i) for i in range(len(self.store.entries))], TaskRecord.from_pretrained)
+        return Stored(
+            [self.store.task(i) for i in range(len(self.store.entries))], with_remedy(TaskRecord.from_pretrained)
+        )
 
     def smooth(self, covariance: bool = True) -> Mapping[str, Belief]:
         """The belief of every task given the data of all, also as an adapter in `smoothed/<name>/`.
@@ -73,7 +75,7 @@ class History:
                 belief.save_pretrained(folder)
 
             fill(self.store.smoothed(names[index]), write)
-        return StoredByName({name: self.store.smoothed(name) for name in names}, Belief.from_pretrained)
+        return StoredByName({name: self.store.smoothed(name) for name in names}, with_remedy(Belief.from_pretrained))
 
     def scores(self) -> tuple[np.ndarray, list[str]]:
         """R[i, j], the score on task j after i tasks, with NaN where it was not measured; and the tasks' names.
@@ -106,7 +108,7 @@ class History:
         return push(self.store, repo_id, **options)
 
     def _initial(self, device: torch.device | str = "cpu") -> Belief:
-        return Belief.from_pretrained(self.store.initial, device=device)
+        return with_remedy(lambda folder: Belief.from_pretrained(folder, device=device))(self.store.initial)
 
     def _start_scores(self) -> dict[str, dict[str, float]]:
         if not self.store.entries:

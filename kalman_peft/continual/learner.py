@@ -22,9 +22,9 @@ from ..filtering import (
 from ..lineage import lineage_entry
 from ..trainer import with_adapter
 from .checks import check_dataset, check_evaluation, check_filter, check_motion, fingerprint
-from .files import fill, link, load_adapter, read_json, save_adapter, write_json
+from .files import fill, link, load_adapter, read_json, save_adapter, with_remedy, write_json
 from .options import (
-    carries_on,
+    carried_over,
     check_arguments,
     check_numbers,
     decisive_arguments,
@@ -280,16 +280,7 @@ class ContinualLearner(TaskRuns):
         check_arguments(args, options)
         _ = args.device  # see the constructor
         kept, motion = fetch(pretrained, folder, revision=revision, token=token)
-        if args.uses_loko:  # its memory goes on from the state
-            carries_on(args, kept["structure"])
-            kept = {}
-        for name, value in kept.items():
-            if options.setdefault(name, value) != value:
-                raise ValueError(f"{name}={options[name]!r}, but the learner was begun with {value!r}; leave it out.")
-        options = {"process_noise": motion.process_noise, "decay": motion.decay} | options
-        now, earlier = (of_motion(t) for t in (check_motion(options["process_noise"], options["decay"]), motion))
-        if now != earlier:
-            logger.warning(f"The weights move by {now} from now on; the learner was begun with {earlier}.")
+        options = carried_over(args, kept, motion, options)
         from peft import PeftModel
 
         if not isinstance(model, PeftModel):
@@ -319,8 +310,10 @@ class ContinualLearner(TaskRuns):
         self.store.start = from_first(lambda: read_json(self.store.initial / START_FILE))
 
     def _belief(self, index: int) -> Belief:
-        folder = self.store.task(index) if index >= 0 else self.store.initial
-        return Belief.from_pretrained(folder, device=self.args.device)
+        if index < 0:
+            return self._initial(self.args.device)
+        read = with_remedy(lambda folder: Belief.from_pretrained(folder, device=self.args.device))
+        return read(self.store.task(index))
 
     def _options(self) -> dict[str, Any]:
         return {

@@ -6,12 +6,16 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging
+
 from ..adapters import AdapterState
 from ..belief import tensors_fingerprint
 from ..config import KalmanArguments
 from ..filtering import Transition
-from .checks import check_whole
+from .checks import check_motion, check_whole
 
+
+logger = logging.get_logger(__name__)
 
 # Structure of the filter that LoKO's memory carries on.
 _OF_MEMORY = {"diagonal": "diagonal", "low_rank": "low_rank", "kronecker": "ekfac", "dense": "dense"}
@@ -192,16 +196,35 @@ def structure_of(args: Any, structure: str | None) -> str:
     return carried
 
 
-def carries_on(args: Any, structure: str) -> None:
-    """See that LoKO's memory can go on from a state of a filter.
+def carried_over(args: Any, kept: Mapping[str, Any], motion: Transition, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a learner that goes on from another.
 
     Args:
         args (`KalmanConfig`): Of the learner that goes on.
-        structure (`str`): Of the state.
+        kept (`Mapping[str, Any]`): Options that cannot change, by name; LoKO's memory stands for them.
+        motion (`Transition`): Of the other learner, which goes on unless it is given anew.
+        options (`Mapping[str, Any]`): That are given.
+
+    Returns:
+        `dict[str, Any]`: For the constructor.
 
     Raises:
-        ValueError: The memory is of another structure; names the one to use.
+        ValueError: An option cannot change, or LoKO's memory cannot go on from the state.
     """
+    own = {"process_noise": motion.process_noise, "decay": motion.decay} | options
+    now, earlier = (of_motion(t) for t in (check_motion(own["process_noise"], own["decay"]), motion))
+    if now != earlier:
+        logger.warning(f"The weights move by {now} from now on; the learner was begun with {earlier}.")
+    if args.uses_loko:
+        _check_memory(args, kept["structure"])
+        return own
+    for name, value in kept.items():
+        if own.setdefault(name, value) != value:
+            raise ValueError(f"{name}={own[name]!r}, but the learner was begun with {value!r}; leave it out.")
+    return own
+
+
+def _check_memory(args: Any, structure: str) -> None:
     carried = structure_of(args, None)
     if carried != {"kronecker": "ekfac"}.get(structure, structure):
         memory = next((m for m, s in _OF_MEMORY.items() if s == structure), "kronecker")

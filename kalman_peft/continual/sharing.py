@@ -16,7 +16,7 @@ from ..distributed import from_first
 from ..filtering import Transition
 from ..hub import explained
 from .files import ADAPTER, ADAPTER_CONFIG, damaged, is_first, read_adapter, read_json, write_json
-from .store import INDEX, NOISE, ORIGIN, Store, holds_learner, read_learner
+from .store import INDEX, NOISE, ORIGIN, START_FILE, Store, holds_learner, read_learner
 
 
 if TYPE_CHECKING:
@@ -121,7 +121,8 @@ def saved_in_full(folder: Path) -> bool:
         BeliefError: A file of the adapter is damaged or missing.
     """
     read_json(folder / ADAPTER_CONFIG, "peft_type")
-    return not any(t.element_size() < 4 for t in read_adapter(folder).values() if t.is_floating_point())
+    tensors = read_adapter(folder, read_json(folder / START_FILE, "adapter")["adapter"])
+    return not any(t.element_size() < 4 for t in tensors.values() if t.is_floating_point())
 
 
 def _local(pretrained: str | os.PathLike, temporary: Path, revision: str | None, token: str | bool | None) -> Path:
