@@ -211,7 +211,7 @@ def carried_over(args: Any, kept: Mapping[str, Any], motion: Transition, options
     Raises:
         ValueError: An option cannot change, or LoKO's memory cannot go on from the state.
     """
-    own = {"process_noise": motion.process_noise, "decay": motion.decay} | options
+    own = {"process_noise": motion.process_noise, "decay": motion.decay, **options}
     now, earlier = (of_motion(t) for t in (check_motion(own["process_noise"], own["decay"]), motion))
     if now != earlier:
         logger.warning(f"The weights move by {now} from now on; the learner was begun with {earlier}.")
