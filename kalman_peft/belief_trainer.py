@@ -115,9 +115,10 @@ class BeliefMixin(SourceMixin):
     def _prepare_belief(self, checkpoint: Path | None) -> None:
         saved = checkpoint is not None and (checkpoint / BELIEF_CONFIG).is_file()
         if saved:  # the belief belongs to the run that is resumed: also where no source data are given any more
+            given = None if self.belief is None else (self.belief.precision.structure, self.belief.precision.space)
             self.belief = Belief.from_pretrained(cast(Path, checkpoint), device=self.args.device)
             found = (self.belief.precision.structure, self.belief.precision.space)
-            if found != (self.args.laplace_structure, self.args.laplace_space):
+            if found != (given or (self.args.laplace_structure, self.args.laplace_space)):
                 logger.warning(
                     f"Going on with the checkpoint's belief ({found[0]} in {found[1]} space), not a new one."
                 )

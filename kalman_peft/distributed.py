@@ -1,12 +1,15 @@
 """Sums over processes: information adds, so one reduction of sums and counts gives the single-process answer."""
 
-from collections.abc import Iterable
-from typing import NoReturn
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+T = TypeVar("T")
 
 
 def world() -> tuple[int, int]:
@@ -109,3 +112,36 @@ def broadcast_(tensors: Iterable[Tensor]) -> None:
     for tensor in tensors:
         if not is_sharded(tensor):
             dist.broadcast(tensor, src=0)
+
+
+def from_first(function: Callable[[], T]) -> T:
+    """What a function gives on the first process, for all: a decision that no process may take for itself.
+
+    All wait for each other before it, so that none is still busy with files that it may remove.
+
+    Args:
+        function (`Callable[[], T]`): Called on the first process only; what it gives is pickled.
+
+    Returns:
+        `T`: The same on all processes.
+
+    Raises:
+        Exception: What the function raises, on the first process.
+        RuntimeError: On the others; it says which, and why.
+    """
+    if world()[1] == 1:
+        return function()
+    dist.barrier()
+    found: list[Any] = [None, None]
+    failure: Exception | None = None
+    if world()[0] == 0:
+        try:
+            found[0] = function()
+        except Exception as error:
+            failure, found[1] = error, f"process 0 failed with {type(error).__name__}: {error}"
+    dist.broadcast_object_list(found, src=0)
+    if failure is not None:
+        raise failure
+    if found[1] is not None:
+        raise RuntimeError(found[1])
+    return found[0]

@@ -389,7 +389,7 @@ def test_raises_when_the_index_is_damaged(tmp_path):
     with pytest.raises(BeliefError, match=r"continual\.json is damaged"):
         learner(tmp_path)
     (tmp_path / "continual.json").write_text(json.dumps({"format": 7}))
-    with pytest.raises(BeliefError, match="has format 7; this version reads 1"):
+    with pytest.raises(BeliefError, match="has format 7; this version reads 2"):
         learner(tmp_path)
 
 

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..belief import Belief
+from ..belief import Belief, BeliefError
 from ..filtering import TaskRecord, smooth_each
 from ..metrics import continual_metrics
 from ..plots import plot_accuracy_matrix
 from .evaluation import metric_of, score_matrix
+from .files import fill, with_remedy, write_moved_adapter
 from .sharing import push
-from .store import START_FILE, Entry, Store, fill, read_json, write_moved_adapter
+from .store import Entry, Store
 from .stored import Stored, StoredByName
 
 
@@ -38,7 +39,9 @@ class History:
 
     def records(self) -> Sequence[TaskRecord]:
         """What the smoother and [`interpolate`] need of every task, each read from its folder when it is asked for."""
-        return Stored([self.store.task(i) for i in range(len(self.store.entries))], TaskRecord.from_pretrained)
+        return Stored(
+            [self.store.task(i) for i in range(len(self.store.entries))], with_remedy(TaskRecord.from_pretrained)
+        )
 
     def smooth(self, covariance: bool = True) -> Mapping[str, Belief]:
         """The belief of every task given the data of all, also as an adapter in `smoothed/<name>/`.
@@ -51,17 +54,30 @@ class History:
 
         Returns:
             `Mapping[str, Belief]`: By task, each read from its folder when it is asked for.
+
+        Raises:
+            ValueError: No task is learnt yet.
+            BeliefError: Covariances are asked for where only means can be smoothed, or a file is damaged.
         """
+        if not self.store.entries:
+            raise ValueError("No task is learnt yet; there is nothing to smooth.")
+        without = [entry["name"] for entry in self.store.entries[1:] if not entry["increment"]]
+        structure = self.store.options["structure"]
+        if covariance and without and structure not in ("diagonal", "dense"):
+            raise BeliefError(
+                f"Task {without[0]!r} was learnt with LoKO, which keeps no increments, and two beliefs of structure "
+                f"{structure!r} cannot be subtracted: use learner.smooth(covariance=False), which smooths the means."
+            )
         names = [entry["name"] for entry in self.store.entries]
         backwards = smooth_each(self.records(), start=self._initial().mean, covariance=covariance, rank=self.rank)
         for index, belief in backwards:
 
             def write(folder: Path, index: int = index, belief: Belief = belief) -> None:
-                write_moved_adapter(self.store.task(index), folder, belief.mean)
+                write_moved_adapter(self.store.task(index), folder, belief.mean, self.store.entries[index]["adapter"])
                 belief.save_pretrained(folder)
 
             fill(self.store.smoothed(names[index]), write)
-        return StoredByName({name: self.store.smoothed(name) for name in names}, Belief.from_pretrained)
+        return StoredByName({name: self.store.smoothed(name) for name in names}, with_remedy(Belief.from_pretrained))
 
     def scores(self) -> tuple[np.ndarray, list[str]]:
         """R[i, j], the score on task j after i tasks, with NaN where it was not measured; and the tasks' names.
@@ -104,7 +120,7 @@ class History:
         return push(self.store, repo_id, **options)
 
     def _initial(self, device: torch.device | str = "cpu") -> Belief:
-        return Belief.from_pretrained(self.store.initial, device=device)
+        return with_remedy(lambda folder: Belief.from_pretrained(folder, device=device))(self.store.initial)
 
     def _rows(self) -> list[dict[str, dict[str, float]]]:
         """Scores before any task, and after each."""
@@ -116,4 +132,5 @@ class History:
     def _start_scores(self) -> dict[str, dict[str, float]]:
         if not self.store.entries:
             raise ValueError("No task is learnt yet; there is nothing to measure.")
-        return read_json(self.store.initial / START_FILE)["scores"]
+        assert self.store.start is not None
+        return self.store.start["scores"]

@@ -9,9 +9,9 @@ import torch
 from transformers.utils import logging
 
 from ..adapters import AdapterState
-from ..belief import Belief, tensors_fingerprint
+from ..belief import Belief
 from ..callbacks import DriftCallback
-from ..distributed import broadcast_
+from ..distributed import broadcast_, from_first
 from ..filtering import (
     Transition,
     belief_figures,
@@ -19,29 +19,22 @@ from ..filtering import (
     predict,
     transition_figures,
 )
-from ..lineage import data_fingerprint, lineage_entry
-from ..sources import is_streaming
+from ..lineage import lineage_entry
 from ..trainer import with_adapter
+from .checks import check_dataset, check_evaluation, check_filter, check_motion, fingerprint
+from .files import fill, link, load_adapter, read_json, save_adapter, with_remedy, write_json
 from .options import (
+    carried_over,
     check_arguments,
     check_numbers,
     decisive_arguments,
+    of_model,
+    of_motion,
     structure_of,
 )
-from .runs import MODE, MODE_FILE, TaskRuns
-from .sharing import fetch
-from .store import (
-    START_FILE,
-    TASK_FILE,
-    Entry,
-    check_name,
-    fill,
-    folder_name,
-    load_adapter,
-    read_json,
-    save_adapter,
-    write_json,
-)
+from .runs import MODE, TaskRuns
+from .sharing import fetch, saved_in_full
+from .store import START_FILE, TASK_FILE, Entry, check_name, folder_name
 
 
 logger = logging.get_logger(__name__)
@@ -90,9 +83,10 @@ class ContinualLearner(TaskRuns):
             (copied for each task), `observation` and so on.
 
     Raises:
-        TypeError: `args` is no KalmanConfig.
-        ValueError: An option that the learner sets itself, or that its folder was begun with another value of.
-        BeliefError: The folder is of another adapter or base model.
+        TypeError: `args` is no KalmanConfig, or an argument of another kind than above.
+        ValueError: An option that the learner sets itself, that does not fit the adapter, or that its folder was begun
+            with another value of.
+        BeliefError: The folder is of another adapter or base model, or a file in it is damaged or missing.
     """
 
     def __init__(
@@ -114,14 +108,14 @@ class ContinualLearner(TaskRuns):
     ):
         check_arguments(args, trainer_options)
         super().__init__(Path(args.output_dir), metric)
-        self.transition = Transition(process_noise, decay)
+        self.transition = check_motion(process_noise, decay)
         self.structure = structure_of(args, structure)
         check_numbers(args, strength, prior_precision, rank, self.structure, curvature_samples)
         self.rank = (args.laplace_rank if rank is None else rank) if self.structure == "low_rank" else None
         self.prior_precision = 1.0 if prior_precision is None else prior_precision
         self.strength, self.curvature_samples = strength, curvature_samples
         self.args, self.trainer_options = args, trainer_options
-        self.eval_datasets = {check_name(name): data for name, data in (eval_datasets or {}).items()}
+        self.eval_datasets = check_evaluation(eval_datasets)
         self.model = model if peft_config is None else with_adapter(model, peft_config, args.seed)
         self.state = AdapterState(self.model)
         if args.uses_loko and self.state.excluded:
@@ -129,10 +123,12 @@ class ContinualLearner(TaskRuns):
                 f"optimizer='loko' carries over no belief on {sorted(self.state.excluded)[:2]}, which are outside the "
                 "adapter's factors; train LoRA factors only (`target_modules`, no `modules_to_save`)."
             )
-        self.store.open(self._options())
-        if self.store.initial.is_dir():
+        check_filter(self.state, self.prior_precision, self.structure, self.transition)
+        _ = args.device  # starts the process group, if the launcher made several processes
+        self.store.open(self._options(), self.transition.describe()[1])
+        if self.store.start is not None:
             self._initial().check(self.model)
-            load_adapter(self.model, self.store.last())
+            load_adapter(self.model, *self.store.last())
 
     # -- learning --------------------------------------------------------------------------------------------------
 
@@ -148,11 +144,14 @@ class ContinualLearner(TaskRuns):
             `dict`: See `tasks`.
 
         Raises:
-            ValueError: No name for a folder, no data, or other data than when the task was learnt.
+            TypeError: No dataset.
+            ValueError: No name for a folder, no data, no labels, or other data than when the task was learnt.
+            FloatingPointError: The adapter holds NaN or Inf after training.
         """
         check_name(name)
-        mark = _fingerprint(name, train_dataset)
+        mark = fingerprint(name, train_dataset, "train_dataset")
         if eval_dataset is not None:
+            check_dataset("eval_dataset", eval_dataset)
             self.eval_datasets.setdefault(name, eval_dataset)
         for entry in self.store.entries:
             if entry["name"] == name:
@@ -188,7 +187,9 @@ class ContinualLearner(TaskRuns):
             raise ValueError("learn_stream watches LoKO's innovation; set KalmanConfig(optimizer='loko').")
         if options["action"] != "stop":
             raise ValueError(f"detect has action={options['action']!r}; a task's end needs action='stop'.")
-        mark = _fingerprint(name, stream)
+        if self.args.dataloader_drop_last:
+            raise ValueError("dataloader_drop_last=True would leave the end of a stream unread; set it to False.")
+        mark = fingerprint(name, stream, "stream")
         while True:
             found = [entry for entry in self.store.entries if entry.get("stream") == name]
             if any(entry["data"] != mark for entry in found):
@@ -219,12 +220,12 @@ class ContinualLearner(TaskRuns):
         predicted = predict(before, transition, start.mean)
         figures = transition_figures(before, predicted)
         logger.info(f"Task {name!r}: stability {figures['stability']:.4g}, plasticity {figures['plasticity']:.4g}.")
-        load_adapter(self.model, self.store.last())
+        load_adapter(self.model, *self.store.last())
         self.state.load(predicted.mean)
-        if not self._has_mode(work, mark):
-            self._train(work, index, predicted, data, mark, figures, alarm)
-        found = read_json(work / MODE / MODE_FILE)
-        load_adapter(self.model, work / MODE)
+        found = self._mode(work, mark)
+        if found is None:
+            found = self._train(name, work, index, predicted, data, mark, figures, alarm)
+        load_adapter(self.model, work / MODE, found["adapter"])
         if stream is not None:
             seen = min(found["rows"], len(data))
             data = _rows(data, 0, seen)
@@ -236,6 +237,8 @@ class ContinualLearner(TaskRuns):
             "name": name, "index": index, "folder": folder_name(index, name), "data": mark,
             "num_labels": found["num_labels"], "seed": self.args.seed + index,
             "figures": figures | belief_figures(record.belief), "scores": self._evaluate(work),
+            "increment": record.increment is not None, "adapter": found["adapter"], "previous": self.store.chain,
+            "chain": link(self.store.chain, name, mark, found["adapter"], record.belief.fingerprint()),
         }  # fmt: skip
         if stream is not None:
             entry |= {"stream": stream[0], "rows": [stream[1], stream[1] + len(data)]}
@@ -248,8 +251,7 @@ class ContinualLearner(TaskRuns):
             write_json(folder / TASK_FILE, entry)
 
         fill(self.store.folder / "tasks" / entry["folder"], write)
-        self.store.add(entry)
-        return dict(entry)
+        return dict(self.store.add(entry))
 
     @classmethod
     def from_pretrained(
@@ -263,7 +265,8 @@ class ContinualLearner(TaskRuns):
             args (`KalmanConfig`): Of the runs to come; its `output_dir` gets a copy, and may hold an earlier one.
             revision (`str`, *optional*): Branch, tag or commit of the repository.
             token (`str` or `bool`, *optional*): For private repositories.
-            **options: As for the constructor. Structure, rank and prior are those of the learner that is gone on from.
+            **options: As for the constructor. Structure, rank and prior are those of the learner that is gone on from,
+                as are process noise and decay unless they are given anew.
 
         Returns:
             `ContinualLearner`: With all its tasks.
@@ -271,54 +274,54 @@ class ContinualLearner(TaskRuns):
         Raises:
             FileNotFoundError: There is no learner in that place.
             HubError: See [`Belief.from_pretrained`].
+            ValueError: `args.output_dir` holds a learner that was not begun from this one, or an option cannot change.
         """
         folder = Path(args.output_dir)
-        kept = fetch(pretrained, folder, revision=revision, token=token)
-        for name, value in kept.items():
-            if options.setdefault(name, value) != value:
-                raise ValueError(f"{name}={options[name]!r}, but the learner was begun with {value!r}; leave it out.")
+        check_arguments(args, options)
+        _ = args.device  # see the constructor
+        kept, motion = fetch(pretrained, folder, revision=revision, token=token)
+        options = carried_over(args, kept, motion, options)
         from peft import PeftModel
 
         if not isinstance(model, PeftModel):
-            model = PeftModel.from_pretrained(model, str(folder / "initial"), is_trainable=True)
+            model = PeftModel.from_pretrained(
+                model, str(folder / "initial"), is_trainable=True,
+                autocast_adapter_dtype=saved_in_full(folder / "initial"),
+            )  # fmt: skip
         return cls(model, args, **options)
 
     # -- parts -----------------------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
         """Once: keep the start, and measure it."""
-        if self.store.initial.is_dir():
+        if self.store.start is not None:
             return
         broadcast_(self.state.tensors().values())
         belief = initial_belief(self.state, self.prior_precision, self.structure)
         scores = self._evaluate(self.store.folder / "work")
 
         def write(folder: Path) -> None:
-            save_adapter(self.model, folder)
+            adapter = save_adapter(self.model, folder)
             belief.save_pretrained(folder)
-            write_json(folder / START_FILE, {"scores": scores})
+            chain = link(adapter, belief.fingerprint())
+            write_json(folder / START_FILE, {"scores": scores, "adapter": adapter, "chain": chain})
 
         fill(self.store.initial, write)
+        self.store.start = from_first(lambda: read_json(self.store.initial / START_FILE))
 
     def _belief(self, index: int) -> Belief:
-        folder = self.store.task(index) if index >= 0 else self.store.initial
-        return Belief.from_pretrained(folder, device=self.args.device)
+        if index < 0:
+            return self._initial(self.args.device)
+        read = with_remedy(lambda folder: Belief.from_pretrained(folder, device=self.args.device))
+        return read(self.store.task(index))
 
     def _options(self) -> dict[str, Any]:
-        motion, noise = self.transition.describe()
         return {
-            "structure": self.structure, "rank": self.rank, "prior_precision": self.prior_precision,
-            "strength": self.strength, "curvature_samples": self.curvature_samples, **motion,
-            "noise_fingerprint": tensors_fingerprint(noise) if noise else None, **decisive_arguments(self.args),
+            "structure": self.structure, "rank": self.rank,
+            "prior_precision": None if self.args.uses_loko else self.prior_precision,
+            "strength": self.strength, "curvature_samples": self.curvature_samples, **of_motion(self.transition),
+            **decisive_arguments(self.args), **of_model(self.state),
         }  # fmt: skip
-
-
-def _fingerprint(name: str, data: Any) -> str:
-    if is_streaming(data):
-        raise ValueError(f"Task {name!r}: streaming data cannot be resumed; give a dataset with a length.")
-    if not len(data):
-        raise ValueError(f"Task {name!r} has no data.")
-    return data_fingerprint(data)
 
 
 def _rows(data: Any, start: int, stop: int) -> Any:

@@ -6,8 +6,16 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ..config import KalmanArguments
+from transformers.utils import logging
 
+from ..adapters import AdapterState
+from ..belief import tensors_fingerprint
+from ..config import KalmanArguments
+from ..filtering import Transition
+from .checks import check_motion, check_whole
+
+
+logger = logging.get_logger(__name__)
 
 # Structure of the filter that LoKO's memory carries on.
 _OF_MEMORY = {"diagonal": "diagonal", "low_rank": "low_rank", "kronecker": "ekfac", "dense": "dense"}
@@ -21,9 +29,17 @@ _DECISIVE = (
     "seed", "data_seed", "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
     "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
     "lr_scheduler_kwargs", "warmup_steps", "label_smoothing_factor", "bf16", "train_sampling_strategy",
+    "neftune_noise_alpha", "dataloader_drop_last",
 )  # fmt: skip
 # A filter that holds its belief from the start needs no prior of its own; one this weak is settled and not felt.
 _NO_PRIOR = {"loko_prior": "pooled", "loko_prior_tokens": 1e-9}
+# With which a run that goes on from a checkpoint ends otherwise than one that was not killed.
+_NOT_RESUMED = {
+    "save_only_model": "checkpoints without the optimizer's state",
+    "ignore_data_skip": "a resumed run begins the epoch's data again",
+}
+# Of the LoraConfig. Ranks, scalings, layers and `modules_to_save` are compared with the files.
+_OF_ADAPTER = ("lora_dropout", "bias", "use_dora")
 _OF_LEARNER = (
     "model",
     "args",
@@ -56,6 +72,12 @@ def check_arguments(args: Any, trainer_options: Mapping[str, Any]) -> None:
                 f"{name}={getattr(args, name)!r}: the learner sets it for every task; leave it out. The filter is "
                 "chosen by structure=, rank=, prior_precision=, process_noise=, decay= and strength= of the learner."
             )
+    for name, why in _NOT_RESUMED.items():
+        if getattr(args, name, False):
+            raise ValueError(f"{name}=True: {why}, so that a learner would not end as without a kill; leave it out.")
+    epochs = getattr(args, "num_train_epochs", 1)
+    if epochs <= 0 and getattr(args, "max_steps", 0) <= 0:
+        raise ValueError(f"num_train_epochs={epochs} would learn nothing; it must be > 0 (or set max_steps).")
     if getattr(args, "push_to_hub", False):
         raise ValueError("push_to_hub=True would push every task's run; use learner.push_to_hub(repo_id).")
     for name in _OF_LEARNER:
@@ -78,6 +100,31 @@ def decisive_arguments(args: Any) -> dict[str, Any]:
     """
     names = [f.name for f in fields(KalmanArguments)] + [n for n in _DECISIVE if hasattr(args, n)]
     return {name: _plain(getattr(args, name)) for name in names}
+
+
+def of_motion(transition: Transition) -> dict[str, Any]:
+    """A transition as `continual.json` states it."""
+    motion, noise = transition.describe()
+    return motion | {"noise_fingerprint": tensors_fingerprint(noise) if noise else None}
+
+
+def of_model(state: AdapterState) -> dict[str, Any]:
+    """What the outcome depends on in the model, and no file tells, JSON-serialisable.
+
+    Args:
+        state (`AdapterState`): Of the adapter.
+
+    Returns:
+        `dict[str, Any]`: Dropout and the like, and the dtypes of the adapter and of the base model.
+    """
+    own = state.parameters()
+    within = {id(p) for p in own.values()}
+    base = {str(p.dtype) for p in state.model.parameters() if id(p) not in within and not p.requires_grad}
+    return {
+        **{name: getattr(state.config, name, None) for name in _OF_ADAPTER},
+        "adapter_dtype": sorted({str(p.dtype) for p in own.values()}),
+        "base_dtype": sorted(base),
+    }
 
 
 def task_arguments(args: Any, folder: Path, index: int, *, in_order: bool) -> Any:
@@ -149,14 +196,55 @@ def structure_of(args: Any, structure: str | None) -> str:
     return carried
 
 
+def carried_over(args: Any, kept: Mapping[str, Any], motion: Transition, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a learner that goes on from another.
+
+    Args:
+        args (`KalmanConfig`): Of the learner that goes on.
+        kept (`Mapping[str, Any]`): Options that cannot change, by name; LoKO's memory stands for them.
+        motion (`Transition`): Of the other learner, which goes on unless it is given anew.
+        options (`Mapping[str, Any]`): That are given.
+
+    Returns:
+        `dict[str, Any]`: For the constructor.
+
+    Raises:
+        ValueError: An option cannot change, or LoKO's memory cannot go on from the state.
+    """
+    own = {"process_noise": motion.process_noise, "decay": motion.decay, **options}
+    now, earlier = (of_motion(t) for t in (check_motion(own["process_noise"], own["decay"]), motion))
+    if now != earlier:
+        logger.warning(f"The weights move by {now} from now on; the learner was begun with {earlier}.")
+    if args.uses_loko:
+        _check_memory(args, kept["structure"])
+        return own
+    for name, value in kept.items():
+        if own.setdefault(name, value) != value:
+            raise ValueError(f"{name}={own[name]!r}, but the learner was begun with {value!r}; leave it out.")
+    return own
+
+
+def _check_memory(args: Any, structure: str) -> None:
+    carried = structure_of(args, None)
+    if carried != {"kronecker": "ekfac"}.get(structure, structure):
+        memory = next((m for m, s in _OF_MEMORY.items() if s == structure), "kronecker")
+        raise ValueError(
+            f"loko_memory={args.loko_memory!r} carries a state of structure {carried!r}, but the learner was begun "
+            f"with {structure!r}: set loko_memory={memory!r}."
+        )
+
+
 def check_numbers(
     args: Any, strength: float, prior_precision: Any, rank: int | None, structure: str, samples: int
 ) -> None:
-    """Raise ValueError for numbers out of range, or that the optimizer does not use."""
+    """Raise ValueError (TypeError) for numbers out of range, or that the optimizer does not use."""
     if not 0 <= strength < float("inf"):
         raise ValueError(f"strength must be >= 0 and finite, got {strength}.")
+    check_whole("curvature_samples", samples)
     if samples < 1:
         raise ValueError(f"curvature_samples must be >= 1, got {samples}.")
+    if rank is not None:
+        check_whole("rank", rank)
     if rank is not None and (structure != "low_rank" or rank < 0 or args.uses_loko):
         raise ValueError(
             f"rank={rank}: it must be >= 0, and goes with structure='low_rank' and another optimizer than LoKO (there "

@@ -1,7 +1,9 @@
-"""The folder of a [`ContinualLearner`]: which tasks are done, and files that a kill at any point leaves whole.
+"""The folder of a [`ContinualLearner`]: which tasks are done, whose they are, and what a kill has left.
 
 ```
 continual.json            options, and the finished tasks in order
+noise.safetensors         process noise that is given as tensors
+origin.json               which learner this one is a copy of, if of any
 initial/                  the adapter's start and the prior belief
 tasks/000-name/           adapter, belief, record (increment and transition), task.json
 work/001-name/            of the task being learnt: checkpoints, mode/
@@ -9,34 +11,41 @@ smoothed/name/            adapter and belief given the data of all tasks
 ```
 
 A folder is filled beside its place and renamed: it is there in full or not at all. What `continual.json` lacks after a
-kill, the folders of the tasks tell.
+kill, the folders of the tasks tell: each names its place in a chain of hashes that begins with `initial/`.
 """
 
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
+from transformers.utils import logging
 
-from ..adapters import AdapterState
-from ..belief import BeliefError, write_atomically
-from ..distributed import world
+from ..belief import BELIEF_CONFIG, BELIEF_WEIGHTS, BeliefError, write_atomically
+from ..distributed import from_first
+from ..filtering.records import TASK_RECORD
+from .files import ADAPTER, ADAPTER_CONFIG, damaged, discard, read_json, write_json
 
+
+logger = logging.get_logger(__name__)
 
 INDEX, TASK_FILE, START_FILE = "continual.json", "task.json", "start.json"
-ADAPTER = "adapter_model.safetensors"
-_FORMAT = 1
+NOISE, ORIGIN = "noise.safetensors", "origin.json"
+_FORMAT = 2
+_OF_START = (START_FILE, ADAPTER, ADAPTER_CONFIG, BELIEF_WEIGHTS, BELIEF_CONFIG)
+_OF_TASK = (TASK_FILE, ADAPTER, ADAPTER_CONFIG, BELIEF_WEIGHTS, BELIEF_CONFIG, TASK_RECORD)
 _NAME = re.compile(r"[^\W_][\w .+=@-]*")
+_NUMBERED = re.compile(r"(\d{3,})-.+", re.DOTALL)
+_MOST_BYTES = 200  # of a name: file systems allow 255 for a folder, whose number and mark take some
 Entry = dict[str, Any]
 
 
 class Store:
-    """Files of a learner. The first process writes, all read.
+    """Files of a learner. The first process reads and writes, and tells the others.
 
     Args:
         folder (`Path`): The learner's.
@@ -46,6 +55,7 @@ class Store:
         self.folder = folder
         self.entries: list[Entry] = []
         self.options: dict[str, Any] = {}
+        self.start: Entry | None = None  # of `initial/`, once it is there
 
     @property
     def initial(self) -> Path:
@@ -56,9 +66,19 @@ class Store:
         """Folder of a finished task."""
         return self.folder / "tasks" / self.entries[index]["folder"]
 
-    def last(self) -> Path:
-        """Folder of the newest task, or of the start."""
-        return self.task(-1) if self.entries else self.initial
+    def last(self) -> tuple[Path, str]:
+        """Folder of the newest task, or of the start, and the fingerprint of its adapter."""
+        if self.entries:
+            return self.task(-1), self.entries[-1]["adapter"]
+        assert self.start is not None
+        return self.initial, self.start["adapter"]
+
+    @property
+    def chain(self) -> str:
+        """Identity of what is learnt so far."""
+        found = self.entries[-1] if self.entries else self.start
+        assert found is not None
+        return found["chain"]
 
     def work(self, index: int, name: str) -> Path:
         """Folder of the task being learnt."""
@@ -68,43 +88,174 @@ class Store:
         """Folder of a smoothed task."""
         return self.folder / "smoothed" / name
 
-    def open(self, options: dict[str, Any]) -> None:
-        """Read what is there, or begin; complete the index after a kill.
+    def open(self, options: dict[str, Any], noise: Mapping[str, Tensor]) -> None:
+        """Read what is there, or begin; complete the index and clean up after a kill.
 
         Args:
             options (`dict[str, Any]`): Of the learner, JSON-serialisable.
+            noise (`Mapping[str, Tensor]`): Process noise that is given as tensors.
 
         Raises:
-            ValueError: The folder was begun with other options.
-            BeliefError: Its index is damaged.
+            ValueError: The folder was begun with other options, on which something depends.
+            BeliefError: Something is missing, damaged or of another learner.
         """
-        path = self.folder / INDEX
-        if path.is_file():
-            found = read_json(path)
-            if found.get("format") != _FORMAT:
-                raise BeliefError(f"{path} has format {found.get('format')}; this version reads {_FORMAT}.")
-            if found["options"] is not None:  # None: a copy that goes on, see `sharing.fetch`
-                check_options(self.folder, found["options"], options)
-            self.entries = found["tasks"]
-        self.options = options
-        while found := sorted((self.folder / "tasks").glob(f"{len(self.entries):03d}-*/{TASK_FILE}")):
-            self.entries.append(read_json(found[0]))
-        self.write_index()
+        self.options = json.loads(json.dumps(options))
 
-    def add(self, entry: Entry) -> None:
-        """Take up a task whose folder is in place."""
-        self.entries.append(entry)
-        self.write_index()
-        if is_first():
-            shutil.rmtree(self.work(entry["index"], entry["name"]), ignore_errors=True)
-        wait()
-
-    def write_index(self) -> None:
-        """Write `continual.json`."""
-        if is_first():
+        def begin() -> tuple[list[Entry], Entry | None]:
+            index, self.entries, self.start = read_learner(self.folder)
+            clean(self.folder, len(self.entries))
+            if index is not None and index["options"] is not None:  # None: a copy, see `sharing.fetch`
+                self._compare(index["options"])
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(self.folder / INDEX, {"format": _FORMAT, "options": self.options, "tasks": self.entries})
-        wait()
+            if noise:
+                tensors = {key: t.detach().cpu().contiguous() for key, t in noise.items()}
+                write_atomically(self.folder / NOISE, lambda path: save_file(tensors, path))
+            else:
+                (self.folder / NOISE).unlink(missing_ok=True)
+            self._write_index()
+            return self.entries, self.start
+
+        self.entries, self.start = from_first(begin)
+
+    def add(self, entry: Entry) -> Entry:
+        """Take up a task whose folder is in place; gives the first process's entry."""
+
+        def take() -> Entry:
+            self._write_index([*self.entries, entry])
+            clean(self.folder, len(self.entries) + 1)
+            return entry
+
+        self.entries.append(from_first(take))
+        return self.entries[-1]
+
+    def _compare(self, found: Mapping[str, Any]) -> None:
+        """See that the options are those that the folder was begun with, as far as something depends on them."""
+        changed = [k for k in {**found, **self.options} if found.get(k) != self.options.get(k)]
+        if not changed:
+            return
+        listed = "; ".join(f"{k}={self.options.get(k)!r}, was {found.get(k)!r}" for k in changed[:4])
+        begun = f"{self.folder} was begun with other options: {listed}. "
+        if self.entries or (self.folder / ORIGIN).exists():
+            raise ValueError(
+                f"{begun}Give the same, or another output_dir; ContinualLearner.from_pretrained goes on from a copy "
+                "with new ones."
+            )
+        work = list(_numbered(self.folder / "work"))
+        trained = [folder for folder in work if any(path.is_dir() for path in folder.iterdir())]
+        if trained:
+            raise ValueError(
+                f"{begun}No task is finished, but {trained[0]} holds training with them. Give the same, or delete "
+                "that folder to begin the task anew with these."
+            )
+        logger.warning(f"{begun}No task is learnt yet, so that it is begun anew with these.")
+        for folder in work:
+            discard(folder)
+        if self.start is not None:
+            discard(self.initial)
+            self.start = None
+
+    def _write_index(self, entries: list[Entry] | None = None) -> None:
+        tasks = self.entries if entries is None else entries
+        write_json(self.folder / INDEX, {"format": _FORMAT, "options": self.options, "tasks": tasks})
+
+
+def read_learner(folder: Path) -> tuple[dict[str, Any] | None, list[Entry], Entry | None]:
+    """What a learner's folder holds; nothing is changed.
+
+    Args:
+        folder (`Path`): The learner's, or a new one.
+
+    Returns:
+        tuple: `continual.json`, the finished tasks with those that it lacks, and `start.json`; each if it is there.
+
+    Raises:
+        ValueError: It is a file.
+        BeliefError: Something is missing, damaged or of another learner.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir={str(folder)!r} is a file; give a folder.")
+    if not (folder / INDEX).exists():
+        if holds_learner(folder):
+            raise BeliefError(
+                f"{folder} has initial/ or tasks/, but no {INDEX}, which says with what options they were made. "
+                "Restore it from a copy, or give another output_dir; a copy by from_pretrained that was cut short is "
+                "made anew by from_pretrained."
+            )
+        return None, [], None
+    index = read_json(folder / INDEX, "format")
+    if index["format"] != _FORMAT:
+        raise BeliefError(
+            f"{folder / INDEX} has format {index['format']}; this version reads {_FORMAT}. Go on with the version of "
+            "kalman_peft that began it, or learn the tasks in another output_dir."
+        )
+    index = read_json(folder / INDEX, "options", "tasks")
+    start = None
+    if (folder / "initial").is_dir():
+        _complete(folder / "initial", _OF_START)
+        start = read_json(folder / "initial" / START_FILE, "scores", "adapter", "chain")
+    elif index["tasks"] or any(_numbered(folder / "tasks")):
+        raise BeliefError(
+            f"{folder / 'initial'} is missing, with the prior and the scores before the first task. Restore it from a "
+            "copy, or learn in another output_dir."
+        )
+    chain, entries = (start or {}).get("chain", ""), []
+    for entry in index["tasks"]:
+        entries.append(_read_task(folder / "tasks" / entry["folder"], len(entries), chain, entry))
+        chain = entry["chain"]
+    more = sorted(set(_numbered(folder / "tasks")) - {folder / "tasks" / entry["folder"] for entry in entries})
+    for path in more:  # after a kill there is one
+        entries.append(_read_task(path, len(entries), chain))
+        chain = entries[-1]["chain"]
+    return index, entries, start
+
+
+def holds_learner(folder: Path) -> bool:
+    """Whether anything is there that a learner has learnt, or begun with."""
+    return (folder / "initial").exists() or any(_numbered(folder / "tasks"))
+
+
+def _read_task(folder: Path, index: int, chain: str, expected: Entry | None = None) -> Entry:
+    """A task's entry, if it is the learner's own in this place."""
+    _complete(folder, _OF_TASK)
+    entry = read_json(folder / TASK_FILE, "previous", "chain", "adapter")
+    if (entry["previous"], entry.get("index"), entry.get("folder")) != (chain, index, folder.name) or (
+        expected is not None and entry != expected
+    ):
+        raise BeliefError(
+            f"{folder} is not task {index} of this learner: it was copied from another place, or continual.json was. "
+            "Remove it, or restore what was there."
+        )
+    return entry
+
+
+def _complete(folder: Path, files: tuple[str, ...]) -> None:
+    for name in files:
+        if not (folder / name).is_file():
+            raise damaged(folder / name, "no such file")
+
+
+def _numbered(folder: Path) -> Iterator[Path]:
+    """Folders of tasks, finished or begun."""
+    return (path for path in folder.glob("*") if _NUMBERED.fullmatch(path.name) and path.is_dir())
+
+
+def clean(folder: Path, finished: int) -> None:
+    """Remove what a kill has left: files and folders that were being written, and work on finished tasks.
+
+    Args:
+        folder (`Path`): The learner's.
+        finished (`int`): Number of finished tasks.
+    """
+    for part, pattern in (("", r"initial"), ("tasks", r"\d{3,}-.+"), ("work", r"\d{3,}-.+"), ("smoothed", r".+")):
+        for path in (folder / part).glob(".*.tmp"):
+            if path.is_dir() and re.fullmatch(rf"\.{pattern}\.tmp", path.name, re.DOTALL):
+                shutil.rmtree(path)
+    for path in folder.glob(".*.tmp"):
+        if path.is_file() and re.fullmatch(rf"\.({INDEX}|{NOISE}|{ORIGIN})\.\d+\.\d+\.tmp", path.name):
+            path.unlink()
+    for path in _numbered(folder / "work"):
+        if int(path.name.partition("-")[0]) < finished:
+            shutil.rmtree(path)
 
 
 def check_name(name: Any) -> str:
@@ -113,10 +264,16 @@ def check_name(name: Any) -> str:
     Raises:
         ValueError: It is none.
     """
-    if not isinstance(name, str) or not _NAME.fullmatch(name) or name.endswith((" ", ".")) or len(name) > 100:
+    if (
+        not isinstance(name, str)
+        or not _NAME.fullmatch(name)
+        or name.endswith((" ", "."))
+        or len(name) > 100
+        or len(name.encode()) > _MOST_BYTES
+    ):
         raise ValueError(
-            f"A task's name becomes a folder's: it must be 1 to 100 letters, digits and ' ._+=@-', beginning with a "
-            f"letter or digit, got {name!r}."
+            f"A task's name becomes a folder's: it must be 1 to 100 letters, digits and ' ._+=@-' (at most "
+            f"{_MOST_BYTES} bytes in UTF-8), beginning with a letter or digit, got {name!r}."
         )
     return name
 
@@ -124,117 +281,3 @@ def check_name(name: Any) -> str:
 def folder_name(index: int, name: str) -> str:
     """Of a task."""
     return f"{index:03d}-{name}"
-
-
-def check_options(folder: Path, found: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Raise ValueError unless a folder was begun with these options."""
-    given = json.loads(json.dumps(given))
-    changed = [k for k in {**found, **given} if found.get(k) != given.get(k)]
-    if changed:
-        listed = "; ".join(f"{k}={given.get(k)!r}, was {found.get(k)!r}" for k in changed[:4])
-        raise ValueError(
-            f"{folder} was begun with other options: {listed}. Give the same, or another output_dir; "
-            "ContinualLearner.from_pretrained goes on from a copy with new ones."
-        )
-
-
-def fill(folder: Path, write: Callable[[Path], None]) -> None:
-    """Make a folder in full, or not at all; an older one is replaced.
-
-    Args:
-        folder (`Path`): To be there afterwards.
-        write (`Callable[[Path], None]`): Writes into the folder it is given.
-    """
-    if is_first():
-        beside = folder.with_name(f".{folder.name}.tmp")
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        write(beside)
-        if folder.is_dir():  # only what can be made again is ever replaced
-            shutil.rmtree(folder)
-        beside.rename(folder)
-    wait()
-
-
-def save_adapter(model: Any, folder: Path) -> None:
-    """Write the adapter as PEFT does, with `modules_to_save`.
-
-    Args:
-        model (`PeftModel`): With one active adapter.
-        folder (`Path`): Where the two files go, whatever the adapter's name.
-    """
-    name = AdapterState(model, warn_excluded=False).adapter_name
-    model.save_pretrained(str(folder), selected_adapters=[name])
-    if name != "default":
-        for file in (folder / name).iterdir():
-            file.rename(folder / file.name)
-        (folder / name).rmdir()
-
-
-def load_adapter(model: Any, folder: Path) -> None:
-    """Write a saved adapter into the model's, bit for bit.
-
-    Args:
-        model (`PeftModel`): With one active adapter.
-        folder (`Path`): With `adapter_model.safetensors`.
-
-    Raises:
-        BeliefError: It is another adapter.
-    """
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
-
-    name = AdapterState(model, warn_excluded=False).adapter_name
-    tensors = load_file(folder / ADAPTER)
-    own = {key: t.shape for key, t in get_peft_model_state_dict(model, adapter_name=name).items()}
-    if own != {key: t.shape for key, t in tensors.items()}:
-        differing = sorted(
-            k for k in own.keys() | tensors.keys() if k not in tensors or own.get(k) != tensors[k].shape
-        )
-        raise BeliefError(
-            f"The adapter in {folder} is another than the model's: they differ at {differing[:2]} ({len(differing)} "
-            "in all). Use the LoraConfig that the learner was begun with."
-        )
-    set_peft_model_state_dict(model, tensors, adapter_name=name)
-
-
-def write_moved_adapter(source: Path, folder: Path, mean: Mapping[str, Tensor]) -> None:
-    """A saved adapter with other factors; what else it holds stays.
-
-    Args:
-        source (`Path`): Folder of the adapter.
-        folder (`Path`): Where the new one goes.
-        mean (`Mapping[str, Tensor]`): A and B by key.
-    """
-    tensors = load_file(source / ADAPTER)
-    moved = {key: mean[key].to(t).contiguous() if key in mean else t for key, t in tensors.items()}
-    save_file(moved, folder / ADAPTER, {"format": "pt"})
-    for file in source.glob("adapter_config.json"):
-        shutil.copy(file, folder / file.name)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        BeliefError: The file is damaged.
-    """
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise BeliefError(f"{path} is damaged ({error}).") from error
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object, atomically."""
-    write_atomically(path, lambda p: p.write_text(json.dumps(value, indent=2) + "\n"))
-
-
-def is_first() -> bool:
-    """Whether this process writes the files."""
-    return world()[0] == 0
-
-
-def wait() -> None:
-    """For all processes to arrive."""
-    if world()[1] > 1:
-        PartialState().wait_for_everyone()

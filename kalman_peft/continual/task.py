@@ -1,5 +1,7 @@
 """One task of a [`ContinualLearner`]: a [`KalmanTrainer`] under the predicted belief, and whole checkpoints."""
 
+import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,13 +11,17 @@ import torch
 from torch.utils.data import Subset
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
 
 from ..belief import Belief
+from ..distributed import from_first
 from ..trainer import KalmanTrainer
-from .store import is_first, wait
+from .files import is_first, wait, write_json
 
 
-_WHOLE = "whole"  # marks a checkpoint of which nothing is missing
+logger = logging.get_logger(__name__)
+
+_WHOLE = "whole.json"  # marks a checkpoint of which nothing is missing, and tells the sizes of its files
 
 
 class TaskTrainer(KalmanTrainer):
@@ -38,9 +44,27 @@ class TaskTrainer(KalmanTrainer):
         self._once = {f"filter/{name}": value for name, value in (figures or {}).items()}
         data: Any = self.train_dataset
         self.num_labels = self._count_labels(data) * min(1.0, self._sequences_in_run() / len(data))
+        batch = self.get_total_train_batch_size(self.args)  # type: ignore[attr-defined]
+        batch //= self.args.gradient_accumulation_steps
+        if self.args.dataloader_drop_last and len(data) < batch:
+            raise ValueError(
+                f"dataloader_drop_last=True leaves nothing of {len(data)} sequences, fewer than a batch of {batch}; "
+                "set it to False, or a smaller batch."
+            )
         if self.num_labels <= 0:
             raise ValueError("The task's data have no label that counts: all are -100.")
         self.laplace_strength = 1.0 if self.args.uses_loko else strength / self.num_labels
+
+    def _count_labels(self, rows: Any) -> int:
+        try:
+            return super()._count_labels(rows)
+        except KeyError as error:
+            if error.args != ("labels",):
+                raise
+            raise ValueError(
+                "The task's batches have no `labels`, which the filter counts; give the data a column `labels`, or a "
+                "data_collator that makes them."
+            ) from error
 
     def _belief_options(self) -> dict[str, Any]:
         # LoKO multiplies by strength, labels and tempering: the three make 1.
@@ -92,7 +116,7 @@ class WholeCheckpoints(TrainerCallback):
         if is_first() and not control.should_training_stop:
             folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
             if folder.is_dir():  # save_total_limit may have taken it
-                (folder / _WHOLE).touch()
+                write_json(folder / _WHOLE, _sizes(folder))
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -102,14 +126,41 @@ def last_checkpoint(folder: Path) -> Path | None:
         folder (`Path`): The Trainer's output folder.
 
     Returns:
-        `Path` or `None`: Of the checkpoint.
+        `Path` or `None`: Of the checkpoint, the same on all processes.
     """
-    found = sorted(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
-    whole = [path for path in found if (path / _WHOLE).exists()]
-    wait()
-    if is_first():
-        for path in found:
-            if path not in whole:
+
+    def find() -> str | None:
+        whole: dict[int, Path] = {}
+        for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+            step = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name)
+            if step is None or not path.is_dir():
+                continue
+            if _is_whole(path):
+                whole[int(step[1])] = path
+            else:
                 shutil.rmtree(path)
-    wait()
-    return whole[-1] if whole else None
+        return str(whole[max(whole)]) if whole else None
+
+    found = from_first(find)
+    return None if found is None else Path(found)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    marker = checkpoint / _WHOLE
+    if not marker.exists():
+        return False  # a kill
+    try:
+        expected = json.loads(marker.read_text())
+    except ValueError:
+        expected = {}
+    found = _sizes(checkpoint)
+    wrong = [name for name, size in expected.items() if found.get(name) != size] if expected else [_WHOLE]
+    if wrong:
+        logger.warning(f"{checkpoint / wrong[0]} is damaged or missing; the checkpoint is thrown away.")
+    return not wrong
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Of all files but the marker."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != _WHOLE)
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files if path.suffix != ".tmp"}

@@ -29,7 +29,9 @@ def launch(tasks, out, processes):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     out = tmp_path_factory.mktemp("two")
-    launch(TASKS + ",failure,failure_sharded,loko_draws,loko_failures,trainer_failure", out, 2)
+    tasks = TASKS + ",failure,failure_sharded,loko_draws,loko_failures,trainer_failure"
+    tasks += ",continual_delayed,continual_refused"
+    launch(tasks, out, 2)
     launch(TASKS, out, 1)
 
     def read(task, size, rank):
@@ -88,3 +90,16 @@ def test_a_bad_row_ends_training_on_all_processes(results):
     messages = sorted(bytes(results("trainer_failure", 2, rank)["messages"].tolist()).decode() for rank in (0, 1))
     assert messages[0].startswith("RuntimeError: process ")
     assert messages[1].startswith("ValueError: Labels range over [") and messages[0].endswith(messages[1])
+
+
+def test_a_late_process_takes_the_same_branches_as_the_first(results):
+    first, second = results("continual_delayed", 2, 0), results("continual_delayed", 2, 1)
+    assert first["halted"] == second["halted"] == 1 and first.keys() == second.keys()
+    for key, value in first.items():
+        assert torch.equal(value, second[key]), key
+
+
+def test_what_a_learner_refuses_is_raised_on_all_processes(results):
+    first, second = (bytes(results("continual_refused", 2, rank)["message"].tolist()).decode() for rank in (0, 1))
+    assert "has initial/ or tasks/, but no continual.json" in first
+    assert second == f"RuntimeError: process 0 failed with {first}"

@@ -1,6 +1,8 @@
 """What each of the two processes runs; also run in one process, for comparison. Usage: worker.py TASK OUT."""
 
+import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -14,7 +16,7 @@ from datasets import Dataset
 from splits import CASES, batches, filtered, make, observe, pieces, state_of
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import default_data_collator
+from transformers import TrainerCallback, default_data_collator
 
 from kalman_peft import (
     AdapterState,
@@ -161,6 +163,60 @@ def continual(out):
     }
 
 
+def continual_delayed(out):
+    """A process that is late after every decision must not find what the first one has made meanwhile."""
+    signal.alarm(120)  # where the processes wait for each other for ever
+    for module in [m for n, m in sys.modules.items() if n.startswith("kalman_peft.continual.")]:
+        for name in ("wait", "from_first"):
+            if hasattr(module, name):
+                setattr(module, name, late(getattr(module, name)))
+    result = {}
+    for _ in range(2):  # begun, and gone on with
+        config = KalmanConfig(
+            str(out / "delayed"), max_steps=4, per_device_train_batch_size=4, use_cpu=True, report_to=[],
+            disable_tqdm=True, save_strategy="steps", save_steps=2, learning_rate=1e-2,
+        )  # fmt: skip
+        halt = [Halt()] if not result else []
+        made = ContinualLearner(
+            make_lora_llama(torch.float32, attn="sdpa", random_b=False), config, structure="diagonal",
+            data_collator=default_data_collator, callbacks=halt,
+        )  # fmt: skip
+        try:
+            made.learn("a", rows(40, 0))
+        except KeyboardInterrupt:
+            result["halted"] = torch.tensor(1)
+    signal.alarm(0)
+    return result | {key: value for key, value in made.records()[0].belief.mean.items()}
+
+
+class Halt(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+
+def late(function):
+    def call(*args):
+        found = function(*args)
+        time.sleep(0.2 * world()[0])
+        return found
+
+    return call
+
+
+def continual_refused(out):
+    """What the first process finds is raised on all."""
+    folder = out / "refused"
+    if world()[0] == 0:
+        (folder / "initial").mkdir(parents=True)
+    config = KalmanConfig(str(folder), use_cpu=True, report_to=[], disable_tqdm=True)
+    try:
+        ContinualLearner(make_lora_llama(torch.float32), config)
+    except (ValueError, RuntimeError) as error:
+        message = f"{type(error).__name__}: {error}".encode()
+    return {"message": torch.tensor(list(message))}
+
+
 def written(out):
     drawn = sample_source(make_lora_llama(torch.float32), None, 7, 6, batch_size=2, progress_bar=False)
     return {"ids": torch.tensor([row["input_ids"] for row in drawn])}
@@ -271,6 +327,8 @@ def main(task, out):
         "evidence": lambda o: train(o, "adamw_torch", **EVIDENCE),
         "written": written,
         "continual": continual,
+        "continual_delayed": continual_delayed,
+        "continual_refused": continual_refused,
         "loko": lambda o: train(o, "loko"),
         "loko_accumulated": lambda o: train(o, "loko", 2),
         "loko_draws": loko_draws,

@@ -173,7 +173,9 @@ class Hub:
         header, changes, files = body[0]["value"], body[1:], dict(self.commit_of(repo, name).files)
         for change in changes:
             value = change["value"]
-            if change["key"] == "lfsFile":
+            if change["key"] == "deletedFile":
+                del files[value["path"]]
+            elif change["key"] == "lfsFile":
                 files[value["path"]] = self.blobs[value["oid"]]
             else:
                 assert change["key"] == "file", change["key"]

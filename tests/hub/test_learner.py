@@ -59,6 +59,12 @@ def test_plain_peft_loads_the_newest_and_smoothed_adapters(session):
     assert session.load["newest"] and session.load["smoothed"]
 
 
+def test_a_second_push_leaves_nothing_of_the_first(session):
+    files = session.hub.repos["me/again"].branches["main"][-1].files
+    assert {name.rsplit("/", 1)[0] for name in files if "/" in name} == {"initial", "tasks/000-x"}
+    assert "noise.safetensors" in files and session.load["again"] == [["x"], 8.0]
+
+
 def test_refusals_say_what_to_do(session):
     assert "HubError: Could not push the learner to 'me/tasks'" in session.push["refused"]
     assert "HubError: Could not load a learner from 'me/tasks'" in session.load["refused"]
