@@ -7,7 +7,6 @@ other work on the machine disturbs less. Peak memory is the resident set (or CUD
 Not run by itself: part of the benchmarks.
 """
 
-import ctypes
 import gc
 import statistics
 import sys
@@ -21,6 +20,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from recipe_tools.meters import PeakMemory
+from recipe_tools.offline import smollm2_checkpoint
 
 
 @dataclass
@@ -40,9 +45,6 @@ class Options:
 def load_base(name: str, dtype: str) -> Any:
     """A causal language model by name, on the accelerator if there is one."""
     if name == "smollm2":
-        sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-        from recipe_tools.offline import smollm2_checkpoint
-
         name = str(smollm2_checkpoint())
     base: Any = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
     return base.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -80,36 +82,14 @@ class Peak:
     """Seconds, and peak memory above the start in MiB: CUDA allocation, or the resident set's high-water mark."""
 
     def __enter__(self) -> "Peak":
-        self.cuda = torch.cuda.is_available()
-        gc.collect()
-        synchronize()
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
-            self.start = torch.cuda.memory_allocated()
-        else:
-            _trim()
-            Path("/proc/self/clear_refs").write_text("5")
-            self.start = self._status("VmRSS")
+        self.memory = PeakMemory(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         self.began = seconds()
         return self
 
     def __exit__(self, *exc: Any) -> None:
         synchronize()
         self.seconds = seconds() - self.began
-        peak = torch.cuda.max_memory_allocated() if self.cuda else self._status("VmHWM")
-        self.mebibytes = (peak - self.start) / 2**20
-
-    @staticmethod
-    def _status(name: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
-
-
-def _trim() -> None:
-    """Give freed memory back to the system: what the variant before has left would hide what this one takes."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+        self.mebibytes = self.memory.read()[0] / 2**20
 
 
 @dataclass

@@ -12,10 +12,11 @@ from transformers import DataCollatorForSeq2Seq, LlamaConfig, LlamaForCausalLM
 
 from kalman_peft import AdapterState, KalmanConfig, sample_source
 from recipe_tools.evaluate import kl_from_base, text_loss
+from recipe_tools.meters import PeakMemory
 from recipe_tools.methods import KINDS, Job, canonical, inits, ours, penalties, plain, points, train
 from recipe_tools.methods.masked_kl import MaskedKLTrainer, masked_kl
 from recipe_tools.methods.replay import with_source
-from recipe_tools.methods.training import Peak, Run, row_bytes
+from recipe_tools.methods.training import Run, row_bytes
 
 
 STEPS = 6
@@ -582,7 +583,7 @@ def test_set_up_is_not_training(make_job):
 
 
 def test_peak_of_memory():
-    peak = Peak(torch.device("cpu"))
+    peak = PeakMemory(torch.device("cpu"))
     block = torch.ones(2**24)  # 64 MiB
     del block
     found, kind = peak.read()

@@ -17,8 +17,9 @@ from transformers import TrainerCallback
 from kalman_peft import AdapterState, KalmanConfig, KalmanTrainer
 
 from ..evaluate import text_loss
+from ..meters import now
 from .options import RATE, Kind, Name, Number, Options
-from .training import Clock, Run, Trained, copied, now
+from .training import Clock, Run, Trained, copied
 
 
 BEST = "best"
