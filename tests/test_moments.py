@@ -334,6 +334,31 @@ def test_raises_when_a_function_has_no_rule(call):
         call(uncertain(3))
 
 
+def test_keywords_are_arguments():
+    x, weight = uncertain(3, 4), draw(4, seed=1)
+    pairs = (
+        (torch.add(input=x, other=2 * x.detach()), torch.add(x, 2 * x.detach())),
+        (F.layer_norm(x, normalized_shape=(4,), weight=weight), F.layer_norm(x, (4,), weight)),
+        (F.linear(input=x, weight=weight[None]), F.linear(x, weight[None])),
+        (torch.transpose(input=x, dim0=0, dim1=1), x.T),
+        (torch.matmul(x, other=weight), x @ weight),
+    )
+    for a, b in pairs:
+        assert torch.equal(variance_of(a), variance_of(b))
+
+
+def test_a_variance_may_lie_otherwise_in_memory_than_its_mean():
+    mean = draw(2, 3, 4)
+    x = with_variance(mean, mean.square().permute(2, 1, 0).contiguous().permute(2, 1, 0))
+    assert torch.equal(variance_of(x.view(6, 4)), mean.square().view(6, 4))
+
+
+def test_patterns_are_no_content():
+    mask, x = torch.ones(3, 1, dtype=F64), uncertain(3, 4)
+    for out in (mask.expand_as(x), mask.to(x), torch.zeros_like(x)):
+        assert variance_of(out) is None
+
+
 def test_shapes_and_comparisons_pass():
     x = uncertain(3)
     assert (x.shape, x.dtype, x.dim(), len(x)) == ((3,), F64, 1, 3)

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from conftest import make_batch, make_lora_llama
+import transformers
+from conftest import make_batch, make_lora_llama, randomise_b
+from peft import LoraConfig, get_peft_model
 from predictive import (
     F64,
     TARGETS,
@@ -47,6 +49,34 @@ def test_means_are_those_of_the_network_bit_for_bit(kind, attn):
         again = model(**inputs)
     assert torch.equal(output_of(again), output_of(plain))
     assert not any(name.endswith("_variance") for name in again)
+
+
+KIN = {
+    "Mistral": {}, "Qwen2": {}, "Qwen3": {}, "Gemma": {"hidden_activation": "gelu_pytorch_tanh"}, "Phi3": {},
+    "DistilBert": {"dim": 8, "hidden_dim": 12, "n_heads": 2, "n_layers": 2}, "ModernBert": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KIN)
+def test_relatives_of_these_models_need_no_rules_of_their_own(name):
+    encoder = name in ("DistilBert", "ModernBert")
+    options = {
+        "vocab_size": 17, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 4, "max_position_embeddings": 32, "pad_token_id": 0,
+    }  # fmt: skip
+    cls = getattr(transformers, name + ("ForSequenceClassification" if encoder else "ForCausalLM"))
+    torch.manual_seed(0)
+    base = cls(getattr(transformers, name + "Config")(**(options | KIN[name]))).to(F64)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear"), autocast_adapter_dtype=False).eval()
+    randomise_b(model)
+    inputs = make_batch()
+    inputs.pop("labels")
+    with torch.no_grad():
+        plain = model(**inputs)
+    out, variance = pass_through(model, diagonal_belief(model, 1e-9), inputs)
+    assert torch.equal(out.logits, plain.logits)
+    # Gemma's logit of the padding token is 0 whatever the weights: its embedding is.
+    assert bool((variance[..., 1:] > 0).all()) and bool((variance >= 0).all())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -185,6 +215,21 @@ def test_16_bit_models_have_float32_variances():
     assert abs(variance.double().log().mean() - expected.log().mean()) < 0.05
 
 
+def test_autocast_rounds_means_but_not_variances():
+    model = make_lora_llama(torch.float32).eval()
+    belief = initial_belief(model, 1e4, "diagonal")
+    _, expected = pass_through(model, belief, make_batch())
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
+            plain = model(**make_batch())
+        out, variance = pass_through(model, belief, make_batch())
+    assert torch.equal(out.logits, plain.logits) and out.logits.dtype == torch.bfloat16
+    assert variance.dtype == torch.float32
+    assert abs((variance / expected).log().mean()) < 0.05
+    with torch.inference_mode(), streamlined(model, belief):
+        assert torch.equal(model(**make_batch()).logits_variance, expected)
+
+
 def test_variances_are_differentiable_in_the_input():
     model = make_lora_llama().eval()
     embeddings = model.get_input_embeddings()(make_batch()["input_ids"]).detach().requires_grad_()
@@ -292,6 +337,12 @@ def test_raises_when_something_would_lose_the_variance():
             pass
         with pytest.raises(ValueError, match=r"eval\(\)"):
             model.train()(**batch)
+
+
+def test_raises_when_only_queries_and_keys_are_adapted():
+    model = make_lora_llama(target_modules=["q_proj", "k_proj"]).eval()
+    with pytest.raises(NoMomentRule, match="Adapt values"):
+        pass_through(model, diagonal_belief(model), make_batch())
 
 
 def test_raises_when_the_adapter_is_not_as_it_should_be():

@@ -56,8 +56,8 @@ def _moved(function: Any) -> Any:
 
 
 _MOVING = (
-    "view", "reshape", "transpose", "permute", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "expand_as",
-    "view_as", "repeat", "repeat_interleave", "chunk", "split", "unbind", "narrow", "select", "index_select", "gather",
+    "reshape", "transpose", "permute", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "expand_as",
+    "repeat", "repeat_interleave", "chunk", "split", "unbind", "narrow", "select", "index_select", "gather",
     "flip", "roll", "swapaxes", "swapdims", "movedim", "t", "broadcast_to", "tile", "tensor_split", "__getitem__",
     "take_along_dim", "masked_select", "tril", "triu",
 )  # fmt: skip
@@ -65,6 +65,9 @@ for _name in _MOVING:
     for _owner in (torch.Tensor, torch):
         if hasattr(_owner, _name):
             _register(_moved(getattr(_owner, _name)), getattr(_owner, _name))
+# A variance may lie otherwise in memory than its mean: what is a view of the one is a copy of the other.
+_register(_moved(torch.Tensor.reshape), torch.Tensor.view)
+_register(_moved(torch.Tensor.reshape_as), torch.Tensor.view_as, torch.Tensor.reshape_as)
 _register(_carried, torch.Tensor.data.__get__)  # type: ignore[attr-defined]
 for _name in ("T", "mT"):
     _getter = getattr(torch.Tensor, _name).__get__
@@ -107,9 +110,9 @@ _register(_where, torch.where)
 # -- arithmetic ------------------------------------------------------------------------------------------------------
 
 
-def _added(out: Tensor, x: Any, y: Any, *, alpha: float = 1.0) -> Tensor:
-    v, w = variance_of(x), variance_of(y)
-    if x is y and v is not None:
+def _added(out: Tensor, x: Any, other: Any, *, alpha: float = 1.0) -> Tensor:
+    v, w = variance_of(x), variance_of(other)
+    if x is other and v is not None:
         return (1 + alpha) ** 2 * v
     scaled = None if w is None else (w if alpha == 1 else alpha**2 * w)
     total = v if scaled is None else scaled if v is None else v + scaled
@@ -117,31 +120,31 @@ def _added(out: Tensor, x: Any, y: Any, *, alpha: float = 1.0) -> Tensor:
     return total
 
 
-def _subtracted(out: Tensor, x: Any, y: Any, *, alpha: float = 1.0) -> Tensor:
-    return _added(out, x, y, alpha=-alpha) if x is y else _added(out, x, y, alpha=alpha)
+def _subtracted(out: Tensor, x: Any, other: Any, *, alpha: float = 1.0) -> Tensor:
+    return _added(out, x, other, alpha=-alpha) if x is other else _added(out, x, other, alpha=alpha)
 
 
-def _reverse_subtracted(out: Tensor, x: Any, y: Any) -> Tensor:
-    return _added(out, x, y)
+def _reverse_subtracted(out: Tensor, x: Any, other: Any) -> Tensor:
+    return _added(out, x, other)
 
 
 def _squared(known: Any, like: Tensor) -> Any:
     return known.to(like).square() if isinstance(known, Tensor) else known**2
 
 
-def _multiplied(out: Tensor, x: Any, y: Any) -> Tensor:
-    if isinstance(x, MomentTensor) and isinstance(y, MomentTensor):
-        if x is y:  # the square of a Gaussian
+def _multiplied(out: Tensor, x: Any, other: Any) -> Tensor:
+    if isinstance(x, MomentTensor) and isinstance(other, MomentTensor):
+        if x is other:  # the square of a Gaussian
             return 2 * x.moment_variance * (2 * lifted(x).square() + x.moment_variance)
-        return product_variance(lifted(x), x.moment_variance, lifted(y), y.moment_variance)
-    uncertain, known = (x, y) if isinstance(x, MomentTensor) else (y, x)
+        return product_variance(lifted(x), x.moment_variance, lifted(other), other.moment_variance)
+    uncertain, known = (x, other) if isinstance(x, MomentTensor) else (other, x)
     return uncertain.moment_variance * _squared(known, uncertain.moment_variance)
 
 
-def _divided(out: Tensor, x: Any, y: Any, **kwargs: Any) -> Tensor:
-    if isinstance(y, MomentTensor) or kwargs.get("rounding_mode"):
+def _divided(out: Tensor, x: Any, other: Any, **kwargs: Any) -> Tensor:
+    if isinstance(other, MomentTensor) or kwargs.get("rounding_mode"):
         raise refuse("Division by an uncertain tensor, or with rounding,")
-    return x.moment_variance / _squared(y, x.moment_variance)
+    return x.moment_variance / _squared(other, x.moment_variance)
 
 
 _register(_added, torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__)
@@ -173,14 +176,14 @@ def _linear(out: Tensor, x: Any, weight: Any, bias: Any = None) -> Tensor:
     return linear_variance(x.moment_variance, weight)
 
 
-def _matmul(out: Tensor, x: Any, y: Any) -> Tensor:
-    v, w = variance_of(x), variance_of(y)
+def _matmul(out: Tensor, x: Any, other: Any) -> Tensor:
+    v, w = variance_of(x), variance_of(other)
     if v is None:
         assert w is not None
         return _squared(x, w) @ w
     if w is None:
-        return v @ _squared(y, v)
-    return v @ (lifted(y).square() + w) + lifted(x).square() @ w
+        return v @ _squared(other, v)
+    return v @ (lifted(other).square() + w) + lifted(x).square() @ w
 
 
 def _addmm(out: Tensor, bias: Any, x: Any, y: Any, *, beta: float = 1.0, alpha: float = 1.0) -> Tensor:
@@ -205,13 +208,15 @@ _register(_conv2d, F.conv2d)
 # -- layers ----------------------------------------------------------------------------------------------------------
 
 
-def _layer_norm(out: Tensor, x: Any, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor:
-    return layer_norm_variance(lifted(x), x.moment_variance, len(shape), mean_of(weight), eps)
+def _layer_norm(
+    out: Tensor, x: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> Tensor:
+    return layer_norm_variance(lifted(x), x.moment_variance, len(normalized_shape), mean_of(weight), eps)
 
 
-def _rms_norm(out: Tensor, x: Any, shape: Any, weight: Any = None, eps: float | None = None) -> Tensor:
+def _rms_norm(out: Tensor, x: Any, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Tensor:
     eps = torch.finfo(x.dtype).eps if eps is None else eps
-    return rms_norm_variance(lifted(x), x.moment_variance, len(shape), mean_of(weight), eps)
+    return rms_norm_variance(lifted(x), x.moment_variance, len(normalized_shape), mean_of(weight), eps)
 
 
 def _gelu(out: Tensor, x: MomentTensor, approximate: str = "none") -> Tensor:

@@ -69,7 +69,6 @@ def attach(module: nn.Module, rule: Rule, always: bool = False) -> list[Removabl
         `list[RemovableHandle]`: To be removed in the end.
     """
     pending: list[tuple[tuple, dict]] = []
-    eager = rule in EAGER
 
     def before(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         pending.append((args, kwargs))
@@ -83,9 +82,10 @@ def attach(module: nn.Module, rule: Rule, always: bool = False) -> list[Removabl
         if not isinstance(out, Tensor):
             found = rule(module, out, *given, **named)
             return type(out)(with_variance(mean, v) for mean, v in zip(out, found, strict=True))
-        if eager:
-            return with_variance(out, rule(module, out, *given, **named))
-        return with_variance(out, lambda: rule(module, out, *given, **named))
+        result = with_variance(out, lambda: rule(module, out, *given, **named))
+        if rule in EAGER:
+            result.moment_variance  # noqa: B018 - worked out now
+        return result
 
     return [
         module.register_forward_pre_hook(before, with_kwargs=True),

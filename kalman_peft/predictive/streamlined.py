@@ -134,8 +134,8 @@ def _after(model: nn.Module, args: tuple, out: Any) -> Any:
     certain = [name for name, value in out.items() if isinstance(value, MomentTensor)]
     if not certain:
         raise NoMomentRule(
-            f"No output of {type(model).__name__} depends on the adapter through functions with moment rules; its "
-            f"fields are {list(out)}."
+            f"No output of {type(model).__name__} has a variance (its fields are {list(out)}): queries and keys count "
+            "as known, and so an adapter on them alone leaves none. Adapt values or other layers too."
         )
     variances: dict[str, Tensor] = {}
     for name, value in list(out.items()):

@@ -43,7 +43,9 @@ class MomentTensor(Tensor):
         """The variance, float32 (float64 beside float64 means)."""
         found = self._variance
         if not isinstance(found, Tensor):
-            found = found()
+            # Autocast would round squares to 16 bits.
+            with torch.autocast(self._mean.device.type, enabled=False):
+                found = found()
             if found.shape != self._mean.shape:
                 found = found.expand(self._mean.shape)
             self._variance = found  # lets go of what it was worked out from
@@ -55,7 +57,9 @@ class MomentTensor(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         """Run `func` on the means, then its rule."""
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
+        if "input" in kwargs:
+            args = (kwargs.pop("input"), *args)
         rule = FUNCTION_RULES.get(func)
         if rule is None and func not in DROPS and _writes(func):
             raise NoMomentRule(_refusal(func))
@@ -65,9 +69,10 @@ class MomentTensor(Tensor):
         if rule is None:
             raise NoMomentRule(_refusal(func))
         if isinstance(out, Tensor):
+            result = with_variance(out, lambda: rule(out, *args, **kwargs))
             if func in EAGER:
-                return with_variance(out, rule(out, *args, **kwargs))
-            return with_variance(out, lambda: rule(out, *args, **kwargs))
+                result.moment_variance  # noqa: B018 - worked out now
+            return result
         shared = _Once(lambda: rule(out, *args, **kwargs))
         return type(out)(with_variance(o, lambda i=i: shared()[i]) for i, o in enumerate(out))
 
