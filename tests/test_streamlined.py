@@ -135,6 +135,36 @@ def test_variances_deep_in_the_network_follow_the_linearised_ones(kind):
     assert torch.corrcoef(torch.stack([variance[seen].log(), expected[seen].log()]))[0, 1] > 0.6
 
 
+def test_the_linearised_network_equals_samples_of_the_adapter_for_small_variances():
+    """So that the comparisons above are with the right thing."""
+    model, inputs = make_model("llama"), make_inputs("llama")
+    belief = diagonal_belief(model, 1e-9)
+    found, generator = weight_variances(belief), torch.Generator().manual_seed(0)
+    state, outputs = AdapterState(model), []
+    with torch.no_grad():
+        for _ in range(300):
+            noise = {k: torch.randn(v.shape, dtype=F64, generator=generator) for k, v in found.items()}
+            state.load({k: m + found[k].sqrt() * noise[k] for k, m in belief.mean.items()})
+            outputs.append(model(**inputs).logits)
+    state.load(belief.mean)
+    expected, sampled = linearised_variance(model, inputs, found), torch.stack(outputs).var(0)
+    assert abs(sampled.sum() / expected.sum() - 1) < 0.15
+    seen = expected > 1e-3 * expected.mean()
+    assert abs((sampled / expected)[seen].mean() - 1) < 0.05
+
+
+def test_a_stock_trainer_predicts_logits_and_variances(tmp_path):
+    model, inputs = make_model("bert"), make_inputs("bert")
+    belief = diagonal_belief(model)
+    rows = [{name: t[i] for name, t in inputs.items()} for i in range(3)]
+    arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True, per_device_eval_batch_size=2)
+    with streamlined(model, belief):
+        found = transformers.Trainer(model, arguments).predict(rows)
+    logits, variance = (torch.from_numpy(p) for p in found.predictions)
+    out, expected = pass_through(model, belief, inputs)
+    assert torch.allclose(logits, out.logits, rtol=1e-6) and torch.allclose(variance, expected, rtol=1e-6)
+
+
 # -- a whole block by hand -------------------------------------------------------------------------------------------
 
 

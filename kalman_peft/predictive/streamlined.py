@@ -41,7 +41,8 @@ def streamlined(
 
     The adapter takes the belief's mean, and the logits are bit for bit those of that network. The variance of the
     weights is the diagonal of the belief's covariance (see [`weight_variances`]); entries of hidden states count as
-    independent, attention weights and the scales of norms as known. Besides the logits, `last_hidden_state` and
+    independent, attention weights and the scales of norms as known. Positions count as independent too, although they
+    share the adapter's weights: where attention averages over many, the variance comes out too small. Besides the logits, `last_hidden_state` and
     `pooler_output` get a variance; other fields are means. The loss is that of the mean. Variances are differentiable;
     call backward within the context where the adapter's own weights are not the belief's mean.
 
@@ -101,6 +102,8 @@ def _check_supported(state: AdapterState, base: Any) -> None:
     for pair in state:
         if not pair.merges_linearly:
             raise ValueError(f"{pair.name} is a DoRA layer (or another variant of LoRA), which has no moment rule.")
+        if hasattr(pair.a, "full_tensor"):
+            raise ValueError(f"{pair.name} is sharded over processes; predict with the whole model in each.")
         layer: Any = state.model.get_submodule(pair.name)
         if layer.merged or layer.disable_adapters:
             raise ValueError(
