@@ -42,9 +42,11 @@ def streamlined(
     The adapter takes the belief's mean, and the logits are bit for bit those of that network. The variance of the
     weights is the diagonal of the belief's covariance (see [`weight_variances`]); entries of hidden states count as
     independent, attention weights and the scales of norms as known. Positions count as independent too, although they
-    share the adapter's weights: where attention averages over many, the variance comes out too small. Besides the logits, `last_hidden_state` and
-    `pooler_output` get a variance; other fields are means. The loss is that of the mean. Variances are differentiable;
-    call backward within the context where the adapter's own weights are not the belief's mean.
+    share the adapter's weights: where attention averages over many, the variance comes out too small.
+
+    Besides the logits, `last_hidden_state` and `pooler_output` get a variance; other fields are means. The loss is
+    that of the mean. Variances are differentiable; call backward within the context where the adapter's own weights
+    are not the belief's mean.
 
     Supported: models whose forward consists of functions and modules with moment rules, such as Llama and its kin,
     GPT-2, BERT, RoBERTa and ViT, with attention "eager" or "sdpa". Everything else is refused by name; see
