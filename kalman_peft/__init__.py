@@ -41,12 +41,16 @@ _MODULE_OF = {
     "merge_beliefs": "filtering",
     "noise_from_shift": "filtering",
     "predict": "filtering",
+    "probit_probabilities": "predictive",
+    "register_rule": "predictive",
     "sample_source": "self_source",
     "save_fisher": "interchange",
     "smooth": "filtering",
+    "streamlined": "predictive",
     "to_laplace_torch": "interchange",
     "update": "filtering",
     "warm_start": "warmup",
+    "weight_variances": "predictive",
 }
 
 __all__ = [
@@ -82,12 +86,16 @@ __all__ = [
     "merge_beliefs",
     "noise_from_shift",
     "predict",
+    "probit_probabilities",
+    "register_rule",
     "sample_source",
     "save_fisher",
     "smooth",
+    "streamlined",
     "to_laplace_torch",
     "update",
     "warm_start",
+    "weight_variances",
 ]
 
 if TYPE_CHECKING:
@@ -116,6 +124,7 @@ if TYPE_CHECKING:
     from .lineage import data_fingerprint
     from .loko import LoKO, LoKOOptions, create_loko_optimizer
     from .observations import CategoricalObservation, GaussianObservation, LikelihoodObservation
+    from .predictive import probit_probabilities, register_rule, streamlined, weight_variances
     from .self_source import sample_source
     from .trainer import KalmanMixin, KalmanTrainer
     from .warmup import warm_start

@@ -1,0 +1,189 @@
+"""Variances through single layers, in closed form.
+
+After Streamlining Prediction in Bayesian Deep Learning (arXiv:2411.18425); for LoRA layers derived here.
+Plain functions on tensors: entries of an input are taken as independent, weights as independent of it and of each
+other. Means are not computed here: they are those of the deterministic network.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+_BLOCK = 2**24  # entries of a squared weight, or of attention weights, that are held at once
+
+
+def variance_dtype(mean: Tensor) -> torch.dtype:
+    """Float64 beside float64 means, else float32: squares of 16-bit numbers would lose what they add up to."""
+    return torch.float64 if mean.dtype == torch.float64 else torch.float32
+
+
+def linear_variance(variance: Tensor, weight: Tensor) -> Tensor:
+    """Variance of W x + b for a known W.
+
+    Args:
+        variance (`Tensor`): Of x, (..., d_in).
+        weight (`Tensor`): W, (d_out, d_in), in any float dtype.
+
+    Returns:
+        `Tensor`: v (W^2)^T, (..., d_out); exact for independent entries of x.
+    """
+    return _squared_linear(variance, weight.shape[0], lambda rows: weight[rows].to(variance))
+
+
+def lora_variance(
+    x: Tensor,
+    variance: Tensor | None,
+    weight: Tensor,
+    factors: tuple[Tensor, Tensor],
+    factor_variances: tuple[Tensor, Tensor],
+    scaling: float,
+) -> Tensor:
+    """Variance of W x + s B A x for uncertain A, B and x, all entries independent.
+
+    Exact, by the law of total variance: with M = W + s B A, u = A x and second moments E[x^2] = x^2 + v,
+    Var y = v (M^2)^T + s^2 [E Var(u | x) (B^2 + B_v)^T + E[E(u | x)^2] B_v^T],
+    E Var(u | x) = E[x^2] A_v^T,  E[E(u | x)^2] = u^2 + v (A^2)^T.
+
+    Args:
+        x (`Tensor`): Mean of the input, (..., d_in), in the variances' dtype.
+        variance (`Tensor` or `None`): v, of the input; `None` for a known one.
+        weight (`Tensor`): W, (d_out, d_in); not read for a known input.
+        factors (`tuple[Tensor, Tensor]`): Means of A (r, d_in) and B (d_out, r), in the dtype of `x`.
+        factor_variances (`tuple[Tensor, Tensor]`): A_v and B_v.
+        scaling (`float`): s.
+
+    Returns:
+        `Tensor`: (..., d_out).
+    """
+    a, b = factors
+    a_variance, b_variance = factor_variances
+    second, power = x.square(), nn.functional.linear(x, a).square()  # E[x^2] (..., d_in); u^2 (..., r)
+    if variance is not None:
+        second = second + variance
+        power = power + nn.functional.linear(variance, a.square())
+    spread = nn.functional.linear(second, a_variance)  # E Var(u | x), (..., r)
+    own = nn.functional.linear(spread, b.square() + b_variance) + nn.functional.linear(power, b_variance)
+    own = scaling**2 * own
+    if variance is None:
+        return own
+    return own + _squared_linear(variance, b.shape[0], lambda rows: weight[rows].to(x) + scaling * (b[rows] @ a))
+
+
+def product_variance(x: Tensor, x_variance: Tensor, y: Tensor, y_variance: Tensor) -> Tensor:
+    """Variance of x y for independent x and y: y^2 v_x + x^2 v_y + v_x v_y, exact."""
+    return y.square() * x_variance + (x.square() + x_variance) * y_variance
+
+
+def layer_norm_variance(
+    x: Tensor, variance: Tensor, width: int, weight: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """v gamma^2 / (Var x + eps): the normalisation is taken at the mean.
+
+    Args:
+        x (`Tensor`): Mean, (..., *shape).
+        variance (`Tensor`): v, of the same shape.
+        width (`int`): Number of trailing dimensions that are normalised.
+        weight (`Tensor`, *optional*): gamma, of the shape that is normalised.
+        eps (`float`, *optional*, defaults to 1e-5): Of the layer.
+
+    Returns:
+        `Tensor`: As `variance`.
+    """
+    gain = 1 / (x.var(tuple(range(-width, 0)), correction=0, keepdim=True) + eps)
+    return variance * (gain if weight is None else gain * weight.to(variance).square())
+
+
+def rms_norm_variance(
+    x: Tensor, variance: Tensor, width: int, weight: Tensor | None = None, eps: float = 1e-6
+) -> Tensor:
+    """v gamma^2 / (mean x^2 + eps), see `layer_norm_variance`."""
+    gain = 1 / (x.square().mean(tuple(range(-width, 0)), keepdim=True) + eps)
+    return variance * (gain if weight is None else gain * weight.to(variance).square())
+
+
+def attention_variance(
+    query: Tensor,
+    key: Tensor,
+    value_variance: Tensor,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """Variance of sum_s a_ts v_s for known attention weights a = softmax(q k^T scale + mask): sum_s a_ts^2 Var v_s.
+
+    A block of queries at a time, so that no more than a block of attention weights exists at once.
+
+    Args:
+        query (`Tensor`): (..., T, d).
+        key (`Tensor`): (..., S, d), the same leading dimensions.
+        value_variance (`Tensor`): (..., S, e).
+        mask (`Tensor`, *optional*): Added to the scores, or true where attended; broadcasts to (..., T, S).
+        is_causal (`bool`, *optional*, defaults to `False`): Query t sees keys up to t.
+        scale (`float`, *optional*): 1 / sqrt(d) by default.
+
+    Returns:
+        `Tensor`: (..., T, e). Queries that see nothing get zero.
+    """
+    query, key = query.to(value_variance), key.to(value_variance)
+    length, width = query.shape[-2], key.shape[-2]
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    rows = max(1, _BLOCK // (width * math.prod(query.shape[:-2])))
+    blocks = []
+    for start in range(0, length, rows):
+        span = slice(start, min(start + rows, length))
+        scores = (query[..., span, :] @ key.mT) * factor
+        if is_causal:
+            seen = torch.arange(width, device=key.device) <= torch.arange(length, device=key.device)[span, None]
+            scores = scores.masked_fill(~seen, -torch.inf)
+        if mask is not None:
+            part = mask if mask.shape[-2] == 1 else mask[..., span, :]
+            scores = scores.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else scores + part.to(scores)
+        blocks.append(scores.softmax(-1).nan_to_num(0.0).square() @ value_variance)
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, -2)
+
+
+def relu_slope(x: Tensor) -> Tensor:
+    """Derivative of max(x, 0)."""
+    return (x > 0).to(x)
+
+
+def gelu_slope(x: Tensor) -> Tensor:
+    """Derivative of x Phi(x)."""
+    return torch.special.ndtr(x) + x * (-x.square() / 2).exp() / math.sqrt(2 * math.pi)
+
+
+def gelu_tanh_slope(x: Tensor) -> Tensor:
+    """Derivative of x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))."""
+    t = (math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)).tanh()
+    return (1 + t) / 2 + x / 2 * (1 - t.square()) * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x.square())
+
+
+def silu_slope(x: Tensor, steepness: float = 1.0) -> Tensor:
+    """Derivative of x sigmoid(c x), c the steepness."""
+    s = (steepness * x).sigmoid()
+    return s * (1 + steepness * x * (1 - s))
+
+
+def probit_probabilities(logits: Tensor, variance: Tensor) -> Tensor:
+    """softmax(mu / sqrt(1 + pi v / 8)): class probabilities under independent Gaussian logits, approximately.
+
+    Args:
+        logits (`Tensor`): mu, (..., V).
+        variance (`Tensor`): v >= 0, of the same shape.
+
+    Returns:
+        `Tensor`: Probabilities in the dtype of `variance`, (..., V).
+    """
+    return (logits.to(variance) / (1 + math.pi / 8 * variance).sqrt()).softmax(-1)
+
+
+def _squared_linear(variance: Tensor, d_out: int, rows_of: Callable[[slice], Tensor]) -> Tensor:
+    """v (M^2)^T, for M given by rows; of the square only a block exists at once."""
+    rows = max(1, _BLOCK // variance.shape[-1])
+    parts = [
+        nn.functional.linear(variance, rows_of(slice(start, start + rows)).square()) for start in range(0, d_out, rows)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
