@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from kalman_peft import BeliefError, ContinualLearner
 from kalman_peft.continual import store
+from kalman_peft.continual.sharing import _files
 
 
 CHECKPOINTS = {"save_strategy": "steps", "save_steps": 2, "max_steps": 5}
@@ -153,9 +154,14 @@ def cut(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def zeros(path):
+    path.write_bytes(bytes(path.stat().st_size))
+
+
 DAMAGE = [
     ("tasks/001-b/adapter_model.safetensors", cut, "Restore it from a copy, or remove .*001-b and all later tasks"),
-    ("tasks/001-b/adapter_model.safetensors", flip, "its tensors are not those that were written"),
+    ("tasks/001-b/adapter_model.safetensors", flip, "is not what was written"),
+    ("tasks/001-b/adapter_config.json", zeros, "adapter_config.json is damaged or missing"),
     ("tasks/000-a/adapter_model.safetensors", lambda p: p.unlink(), "adapter_model.safetensors is damaged or missing"),
     ("tasks/000-a", shutil.rmtree, "000-a/task.json is damaged or missing"),
     ("tasks/000-a/task.json", cut, "task.json is damaged or missing"),
@@ -178,7 +184,7 @@ def test_damage_is_named_with_the_remedy(copy, name, damage, message):
 
 def test_smoothing_notices_a_damaged_adapter(copy):
     flip(copy / "tasks" / "000-a" / "adapter_model.safetensors")
-    with pytest.raises(BeliefError, match=r"000-a.*its tensors are not those that were written"):
+    with pytest.raises(BeliefError, match=r"000-a.*is not what was written"):
         learner(copy).smooth()
 
 
@@ -197,7 +203,7 @@ def test_a_damaged_belief_or_record_is_named_with_the_remedy(copy):
 
 def test_a_damaged_start_is_not_copied(copy):
     flip(copy / "initial" / "adapter_model.safetensors")
-    with pytest.raises(BeliefError, match=r"initial/adapter_model\.safetensors is damaged or missing .its tensors"):
+    with pytest.raises(BeliefError, match=r"initial/adapter_model\.safetensors is damaged or missing "):
         ContinualLearner.from_pretrained(copy, make_llama(torch.float32, "sdpa"), config(copy.parent / "went on"))
 
 
@@ -207,6 +213,81 @@ def test_the_remedy_for_a_damaged_task_helps(copy):
     (copy / "continual.json").write_text(json.dumps(index | {"tasks": index["tasks"][:1]}))
     learner(copy).learn("b", TASKS["b"])
     assert json.loads((copy / "continual.json").read_text()) == index
+
+
+@pytest.mark.parametrize("damage", [zeros, cut, lambda p: p.unlink()])
+def test_a_damaged_configuration_does_not_get_into_a_task(halted, tmp_path, damage):
+    folder = shutil.copytree(halted[0], tmp_path / "copy")
+    run = learner(folder, configured=CHECKPOINTS)
+    run._evaluate = lambda _: (_ for _ in ()).throw(KeyboardInterrupt)  # a kill after training
+    with pytest.raises(KeyboardInterrupt):
+        run.learn("a", TASKS["a"])
+    mode = folder / "work" / "000-a" / "mode"
+    damage(mode / "adapter_config.json")
+    learner(folder, configured=CHECKPOINTS).learn("a", TASKS["a"])
+    assert contents(folder) == halted[1]
+
+
+# -- others --------------------------------------------------------------------------------------------------------
+
+
+def test_two_learners_do_not_learn_in_one_folder_at_once(tmp_path):
+    first, second = learner(tmp_path), learner(tmp_path)
+
+    class Meanwhile(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            with pytest.raises(ValueError, match="Another learner is at work in"):
+                second.learn("b", TASKS["b"])
+
+    first.trainer_options["callbacks"] = [Meanwhile()]
+    first.learn("a", TASKS["a"])
+    with pytest.raises(ValueError, match="has changed since this learner was opened"):
+        second.learn("b", TASKS["b"])
+    third = learner(tmp_path)
+    third.learn("b", TASKS["b"])
+    assert [entry["name"] for entry in third.tasks] == ["a", "b"]
+
+
+def test_files_can_be_read_by_others_and_are_the_same_in_every_process(two):
+    found = [path for path in two.rglob("*") if path.is_file() and path.name != ".lock"]
+    (two / "mode").touch()
+    expected = (two / "mode").stat().st_mode
+    (two / "mode").unlink()
+    assert len(found) > 10 and {path.stat().st_mode for path in found} == {expected}
+    targets = json.loads((two / "tasks" / "001-b" / "adapter_config.json").read_text())["target_modules"]
+    assert targets == sorted(targets) and len(targets) > 1
+
+
+def test_a_learner_that_is_read_writes_nothing(copy, monkeypatch):
+    monkeypatch.setattr(store, "write_json", lambda *_: pytest.fail("a file was written"))
+    run = learner(copy)
+    assert len(run.records()) == 2 and run.start().info["filtering"]["tasks"] == 0
+
+
+def test_a_relative_folder_stays_where_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = learner("out")
+    run.learn("a", TASKS["a"])
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    run.learn("b", TASKS["b"])
+    assert run.store.folder == tmp_path / "out" and not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_smoothed_tasks_that_lack_a_later_one_are_not_pushed(copy):
+    run = learner(copy)
+    pushed = lambda: {name for name in _files(run.store) if name.startswith("smoothed/")}  # noqa: E731
+    before = pushed()
+    assert {name.split("/")[1] for name in before} == {"a", "b"}
+    run.learn("c", TASKS["c"])
+    assert not pushed()
+    run.smooth()
+    assert pushed() > before
+
+
+def test_raises_when_a_name_is_neither_a_folder_nor_a_repository(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is no folder, and no repository's id either"):
+        ContinualLearner.from_pretrained("no/such/folder", model(), config(tmp_path))
 
 
 def test_raises_when_the_folder_is_a_file(tmp_path):
@@ -220,6 +301,7 @@ def test_raises_when_the_folder_is_a_file(tmp_path):
 WORK = [
     ("checkpoint-4/adapter_model.safetensors", cut, "checkpoint is thrown away"),
     ("checkpoint-4/optimizer.pt", lambda p: p.unlink(), "checkpoint is thrown away"),
+    ("checkpoint-4/optimizer.pt", zeros, "checkpoint is thrown away"),
     ("checkpoint-4/whole.json", lambda p: p.write_text(""), "checkpoint is thrown away"),
     ("data.json", cut, "The task is begun anew"),
     ("checkpoint-mine", lambda p: p.mkdir(), ""),

@@ -41,6 +41,8 @@ def fill(folder: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
         write(beside)
+        for file in beside.iterdir():  # safetensors writes for the owner only, whatever the umask
+            file.chmod(beside.stat().st_mode & 0o666)
         if folder.is_dir():  # only what can be made again is ever replaced
             shutil.rmtree(folder)
         beside.rename(folder)
@@ -75,7 +77,7 @@ def _beside(folder: Path) -> Path:
 
 
 def save_adapter(model: Any, folder: Path) -> str:
-    """Write the adapter as PEFT does, with `modules_to_save`.
+    """Write the adapter as PEFT does, with `modules_to_save`, and the same bytes in every process.
 
     Args:
         model (`PeftModel`): With one active adapter.
@@ -90,7 +92,17 @@ def save_adapter(model: Any, folder: Path) -> str:
         for file in (folder / name).iterdir():
             file.rename(folder / file.name)
         (folder / name).rmdir()
-    return tensors_fingerprint(read_adapter(folder))
+    config = read_json(folder / ADAPTER_CONFIG)
+    for key, value in vars(model.peft_config[name]).items():
+        if isinstance(value, set):  # of which every process has an order of its own
+            config[key] = sorted(value)
+    write_json(folder / ADAPTER_CONFIG, config)
+    return _fingerprint(folder, read_adapter(folder))
+
+
+def _fingerprint(folder: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Of a saved adapter, tensors and configuration."""
+    return link(tensors_fingerprint(tensors), (folder / ADAPTER_CONFIG).read_text())
 
 
 def read_adapter(folder: Path, fingerprint: str | None = None) -> dict[str, Tensor]:
@@ -104,15 +116,16 @@ def read_adapter(folder: Path, fingerprint: str | None = None) -> dict[str, Tens
         `dict[str, Tensor]`: By PEFT's names.
 
     Raises:
-        BeliefError: The file is missing, truncated or altered.
+        BeliefError: It or its configuration is missing, truncated or altered.
     """
     path = folder / ADAPTER
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise damaged(path, str(error)) from error
-    if fingerprint is not None and tensors_fingerprint(tensors) != fingerprint:
-        raise damaged(path, "its tensors are not those that were written")
+    read_json(folder / ADAPTER_CONFIG)
+    if fingerprint is not None and _fingerprint(folder, tensors) != fingerprint:
+        raise damaged(path, f"this file or {ADAPTER_CONFIG} is not what was written")
     return tensors
 
 

@@ -30,7 +30,7 @@ class History:
     rank: int | None  # of the state, if it is of low rank; set by the learner
 
     def __init__(self, folder: Path, metric: str | None):
-        self.store, self.metric = Store(folder), metric
+        self.store, self.metric = Store(folder.absolute()), metric
 
     @property
     def tasks(self) -> list[Entry]:
@@ -38,7 +38,10 @@ class History:
         return [dict(entry) for entry in self.store.entries]
 
     def records(self) -> Sequence[TaskRecord]:
-        """What the smoother and [`interpolate`] need of every task, each read from its folder when it is asked for."""
+        """What the smoother and [`interpolate`] need of every task, each read from its folder when it is asked for.
+
+        Where there is decay, they need `start=learner.start().mean` besides.
+        """
         return Stored(
             [self.store.task(i) for i in range(len(self.store.entries))], with_remedy(TaskRecord.from_pretrained)
         )
@@ -69,14 +72,16 @@ class History:
                 f"{structure!r} cannot be subtracted: use learner.smooth(covariance=False), which smooths the means."
             )
         names = [entry["name"] for entry in self.store.entries]
-        backwards = smooth_each(self.records(), start=self._initial().mean, covariance=covariance, rank=self.rank)
-        for index, belief in backwards:
+        backwards = smooth_each(self.records(), start=self.start().mean, covariance=covariance, rank=self.rank)
+        with self.store.locked():
+            for index, belief in backwards:
 
-            def write(folder: Path, index: int = index, belief: Belief = belief) -> None:
-                write_moved_adapter(self.store.task(index), folder, belief.mean, self.store.entries[index]["adapter"])
-                belief.save_pretrained(folder)
+                def write(folder: Path, index: int = index, belief: Belief = belief) -> None:
+                    source, mark = self.store.task(index), self.store.entries[index]["adapter"]
+                    write_moved_adapter(source, folder, belief.mean, mark)
+                    belief.save_pretrained(folder)
 
-            fill(self.store.smoothed(names[index]), write)
+                fill(self.store.smoothed(names[index]), write)
         return StoredByName({name: self.store.smoothed(name) for name in names}, with_remedy(Belief.from_pretrained))
 
     def scores(self) -> tuple[np.ndarray, list[str]]:
@@ -119,7 +124,15 @@ class History:
         """
         return push(self.store, repo_id, **options)
 
-    def _initial(self, device: torch.device | str = "cpu") -> Belief:
+    def start(self, device: torch.device | str = "cpu") -> Belief:
+        """The belief before any task.
+
+        Args:
+            device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): Where its tensors go.
+
+        Returns:
+            `Belief`: The prior around the adapter's start.
+        """
         return with_remedy(lambda folder: Belief.from_pretrained(folder, device=device))(self.store.initial)
 
     def _rows(self) -> list[dict[str, dict[str, float]]]:

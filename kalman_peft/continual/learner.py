@@ -22,7 +22,7 @@ from ..filtering import (
 from ..lineage import lineage_entry
 from ..trainer import with_adapter
 from .checks import check_dataset, check_evaluation, check_filter, check_motion, fingerprint
-from .files import fill, link, load_adapter, read_json, save_adapter, with_remedy, write_json
+from .files import ADAPTER, ADAPTER_CONFIG, fill, link, load_adapter, read_json, save_adapter, with_remedy, write_json
 from .options import (
     carried_over,
     check_arguments,
@@ -34,7 +34,7 @@ from .options import (
 )
 from .runs import MODE, TaskRuns
 from .sharing import fetch, saved_in_full
-from .store import START_FILE, TASK_FILE, Entry, check_name, folder_name
+from .store import START_FILE, TASK_FILE, Entry, check_name, check_task, folder_name
 
 
 logger = logging.get_logger(__name__)
@@ -127,7 +127,7 @@ class ContinualLearner(TaskRuns):
         _ = args.device  # starts the process group, if the launcher made several processes
         self.store.open(self._options(), self.transition.describe()[1])
         if self.store.start is not None:
-            self._initial().check(self.model)
+            self.start().check(self.model)
             load_adapter(self.model, *self.store.last())
 
     # -- learning --------------------------------------------------------------------------------------------------
@@ -212,10 +212,16 @@ class ContinualLearner(TaskRuns):
     ) -> Entry:
         if any(entry["name"] == name for entry in self.store.entries):
             raise ValueError(f"There is a task {name!r} already; give this one another name.")
+        with self.store.locked():
+            return self._learn_alone(name, data, mark, stream, alarm)
+
+    def _learn_alone(
+        self, name: str, data: Any, mark: str, stream: tuple[str, int] | None, alarm: DriftCallback | None
+    ) -> Entry:
         self._begin()
         index = len(self.store.entries)
         work = self.store.work(index, name)
-        before, start = self._belief(index - 1), self._initial(self.args.device)
+        before, start = self._belief(index - 1), self.start(self.args.device)
         transition = self.transition if index else Transition()
         predicted = predict(before, transition, start.mean)
         figures = transition_figures(before, predicted)
@@ -245,10 +251,11 @@ class ContinualLearner(TaskRuns):
             entry["detect"] = alarm.state()["args"] if alarm is not None else None
 
         def write(folder: Path) -> None:
-            for file in (work / MODE).glob("adapter_*"):
-                shutil.copy(file, folder / file.name)
+            for name in (ADAPTER, ADAPTER_CONFIG):
+                shutil.copy(work / MODE / name, folder / name)
             record.save_pretrained(folder)
             write_json(folder / TASK_FILE, entry)
+            check_task(folder)
 
         fill(self.store.folder / "tasks" / entry["folder"], write)
         return dict(self.store.add(entry))
@@ -311,7 +318,7 @@ class ContinualLearner(TaskRuns):
 
     def _belief(self, index: int) -> Belief:
         if index < 0:
-            return self._initial(self.args.device)
+            return self.start(self.args.device)
         read = with_remedy(lambda folder: Belief.from_pretrained(folder, device=self.args.device))
         return read(self.store.task(index))
 

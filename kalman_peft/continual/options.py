@@ -29,7 +29,8 @@ _DECISIVE = (
     "seed", "data_seed", "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
     "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
     "lr_scheduler_kwargs", "warmup_steps", "label_smoothing_factor", "bf16", "train_sampling_strategy",
-    "neftune_noise_alpha", "dataloader_drop_last",
+    "neftune_noise_alpha", "dataloader_drop_last", "load_best_model_at_end", "average_tokens_across_devices",
+    "accelerator_config",
 )  # fmt: skip
 # A filter that holds its belief from the start needs no prior of its own; one this weak is settled and not felt.
 _NO_PRIOR = {"loko_prior": "pooled", "loko_prior_tokens": 1e-9}

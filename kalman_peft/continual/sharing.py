@@ -15,6 +15,7 @@ from ..belief import BELIEF_CONFIG, BELIEF_WEIGHTS, tensors_fingerprint
 from ..distributed import from_first
 from ..filtering import Transition
 from ..hub import explained
+from ..lineage import LINEAGE
 from .files import ADAPTER, ADAPTER_CONFIG, damaged, is_first, read_adapter, read_json, write_json
 from .store import INDEX, NOISE, ORIGIN, START_FILE, Store, holds_learner, read_learner
 
@@ -68,12 +69,20 @@ def push(
 def _files(store: Store) -> dict[str, Path]:
     """What is pushed, by its name there: of this learner's tasks only, and nothing that a kill has left."""
     folders = [store.initial, *(store.task(i) for i in range(len(store.entries)))]
-    folders += [store.smoothed(entry["name"]) for entry in store.entries]
+    folders += [folder for entry in store.entries if _is_current(folder := store.smoothed(entry["name"]), store)]
     found = [store.folder / INDEX, *(path for folder in folders for path in folder.glob("*"))]
     if store.options["noise_fingerprint"] is not None:
         found.append(store.folder / NOISE)
     files = {path.relative_to(store.folder).as_posix(): path for path in found if path.name[0] != "."}
     return files | {name: store.task(-1) / name for name in (ADAPTER, ADAPTER_CONFIG, BELIEF_WEIGHTS, BELIEF_CONFIG)}
+
+
+def _is_current(folder: Path, store: Store) -> bool:
+    """Whether a smoothed belief knows all tasks: those that were smoothed before the last one was learnt do not."""
+    if not (folder / BELIEF_CONFIG).is_file():
+        return False
+    lineages = [read_json(place / BELIEF_CONFIG).get(LINEAGE) for place in (folder, store.task(-1))]
+    return lineages[0] == lineages[1]
 
 
 def fetch(
@@ -147,11 +156,14 @@ def _copy(source: Path, folder: Path, origin: dict[str, Any]) -> None:
     noise = _noise(source, options)
     folder.mkdir(parents=True, exist_ok=True)
     for part in _PARTS:  # of a copy that was cut short
-        shutil.rmtree(folder / part, ignore_errors=True)
+        if (folder / part).exists():
+            shutil.rmtree(folder / part)
     (folder / INDEX).unlink(missing_ok=True)
     write_json(folder / ORIGIN, origin | {"chain": chain, "complete": False})
     for name in ("initial", *(f"tasks/{entry['folder']}" for entry in entries)):
-        shutil.copytree(source / name, folder / name)
+        (folder / name).mkdir(parents=True)
+        for file in source.joinpath(name).iterdir():  # contents alone: a read-only source makes no read-only copy
+            shutil.copyfile(file, folder / name / file.name)
     if noise:
         shutil.copy(source / NOISE, folder / NOISE)
     # The index last, without options: those of the runs to come are taken up by the constructor.
@@ -200,8 +212,14 @@ def _noise(folder: Path, options: dict[str, Any]) -> dict[str, Tensor]:
 
 def _download(repo_id: str, folder: Path, revision: str | None, token: str | bool | None) -> Path:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
 
     with explained(f"load a learner from {repo_id!r}, which is no local folder", revision):
+        try:
+            validate_repo_id(repo_id)
+        except HFValidationError as error:
+            raise FileNotFoundError(f"{repo_id!r} is no folder, and no repository's id either: {error}") from error
         found = snapshot_download(
             repo_id,
             revision=revision,

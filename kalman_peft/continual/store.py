@@ -4,6 +4,7 @@
 continual.json            options, and the finished tasks in order
 noise.safetensors         process noise that is given as tensors
 origin.json               which learner this one is a copy of, if of any
+.lock                     held while something is learnt
 initial/                  the adapter's start and the prior belief
 tasks/000-name/           adapter, belief, record (increment and transition), task.json
 work/001-name/            of the task being learnt: checkpoints, mode/
@@ -18,9 +19,11 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import logging
@@ -28,13 +31,13 @@ from transformers.utils import logging
 from ..belief import BELIEF_CONFIG, BELIEF_WEIGHTS, BeliefError, write_atomically
 from ..distributed import from_first
 from ..filtering.records import TASK_RECORD
-from .files import ADAPTER, ADAPTER_CONFIG, damaged, discard, read_json, write_json
+from .files import ADAPTER, ADAPTER_CONFIG, damaged, discard, is_first, read_json, write_json
 
 
 logger = logging.get_logger(__name__)
 
 INDEX, TASK_FILE, START_FILE = "continual.json", "task.json", "start.json"
-NOISE, ORIGIN = "noise.safetensors", "origin.json"
+NOISE, ORIGIN, LOCK = "noise.safetensors", "origin.json", ".lock"
 _FORMAT = 2
 _OF_START = (START_FILE, ADAPTER, ADAPTER_CONFIG, BELIEF_WEIGHTS, BELIEF_CONFIG)
 _OF_TASK = (TASK_FILE, ADAPTER, ADAPTER_CONFIG, BELIEF_WEIGHTS, BELIEF_CONFIG, TASK_RECORD)
@@ -103,19 +106,59 @@ class Store:
 
         def begin() -> tuple[list[Entry], Entry | None]:
             index, self.entries, self.start = read_learner(self.folder)
-            clean(self.folder, len(self.entries))
-            if index is not None and index["options"] is not None:  # None: a copy, see `sharing.fetch`
-                self._compare(index["options"])
+            if index == self._index() and not leftovers(self.folder, len(self.entries)):
+                return self.entries, self.start  # nothing to write: the folder may be read-only
             self.folder.mkdir(parents=True, exist_ok=True)
-            if noise:
-                tensors = {key: t.detach().cpu().contiguous() for key, t in noise.items()}
-                write_atomically(self.folder / NOISE, lambda path: save_file(tensors, path))
-            else:
-                (self.folder / NOISE).unlink(missing_ok=True)
-            self._write_index()
+            with self._lock():
+                clean(self.folder, len(self.entries))
+                if index is not None and index["options"] is not None:  # None: a copy, see `sharing.fetch`
+                    self._compare(index["options"])
+                if noise:
+                    tensors = {key: t.detach().cpu().contiguous() for key, t in noise.items()}
+                    write_atomically(self.folder / NOISE, lambda path: save_file(tensors, path))
+                else:
+                    (self.folder / NOISE).unlink(missing_ok=True)
+                self._write_index()
             return self.entries, self.start
 
         self.entries, self.start = from_first(begin)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Alone with the folder: no other learner writes into it, or has since this one was opened.
+
+        Raises:
+            ValueError: One does, or has.
+        """
+        lock = self._lock()
+
+        def take() -> None:
+            lock.__enter__()
+            _, entries, start = read_learner(self.folder)
+            if (entries, start) != (self.entries, self.start):
+                lock.__exit__(None, None, None)
+                raise ValueError(
+                    f"{self.folder} has changed since this learner was opened: another one has learnt there. Open it "
+                    "anew, and learn with one learner at a time."
+                )
+
+        from_first(take)
+        try:
+            yield
+        finally:
+            if is_first():
+                lock.__exit__(None, None, None)
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        """Held by the first process; the system lets go of it when that dies."""
+        try:
+            with FileLock(self.folder / LOCK, timeout=0):
+                yield
+        except Timeout:
+            raise ValueError(
+                f"Another learner is at work in {self.folder}. Wait for it, or give another output_dir."
+            ) from None
 
     def add(self, entry: Entry) -> Entry:
         """Take up a task whose folder is in place; gives the first process's entry."""
@@ -155,8 +198,10 @@ class Store:
             self.start = None
 
     def _write_index(self, entries: list[Entry] | None = None) -> None:
-        tasks = self.entries if entries is None else entries
-        write_json(self.folder / INDEX, {"format": _FORMAT, "options": self.options, "tasks": tasks})
+        write_json(self.folder / INDEX, self._index(entries))
+
+    def _index(self, entries: list[Entry] | None = None) -> dict[str, Any]:
+        return {"format": _FORMAT, "options": self.options, "tasks": self.entries if entries is None else entries}
 
 
 def read_learner(folder: Path) -> tuple[dict[str, Any] | None, list[Entry], Entry | None]:
@@ -214,9 +259,14 @@ def holds_learner(folder: Path) -> bool:
     return (folder / "initial").exists() or any(_numbered(folder / "tasks"))
 
 
+def check_task(folder: Path) -> None:
+    """Raise BeliefError unless all files of a finished task are there."""
+    _complete(folder, _OF_TASK)
+
+
 def _read_task(folder: Path, index: int, chain: str, expected: Entry | None = None) -> Entry:
     """A task's entry, if it is the learner's own in this place."""
-    _complete(folder, _OF_TASK)
+    check_task(folder)
     entry = read_json(folder / TASK_FILE, "previous", "chain", "adapter")
     if (entry["previous"], entry.get("index"), entry.get("folder")) != (chain, index, folder.name) or (
         expected is not None and entry != expected
@@ -239,23 +289,34 @@ def _numbered(folder: Path) -> Iterator[Path]:
     return (path for path in folder.glob("*") if _NUMBERED.fullmatch(path.name) and path.is_dir())
 
 
-def clean(folder: Path, finished: int) -> None:
-    """Remove what a kill has left: files and folders that were being written, and work on finished tasks.
+def leftovers(folder: Path, finished: int) -> list[Path]:
+    """What a kill has left: files and folders that were being written, and work on finished tasks.
 
     Args:
         folder (`Path`): The learner's.
         finished (`int`): Number of finished tasks.
+
+    Returns:
+        `list[Path]`: Of files and folders.
     """
+    found: list[Path] = []
     for part, pattern in (("", r"initial"), ("tasks", r"\d{3,}-.+"), ("work", r"\d{3,}-.+"), ("smoothed", r".+")):
         for path in (folder / part).glob(".*.tmp"):
             if path.is_dir() and re.fullmatch(rf"\.{pattern}\.tmp", path.name, re.DOTALL):
-                shutil.rmtree(path)
+                found.append(path)
     for path in folder.glob(".*.tmp"):
         if path.is_file() and re.fullmatch(rf"\.({INDEX}|{NOISE}|{ORIGIN})\.\d+\.\d+\.tmp", path.name):
-            path.unlink()
-    for path in _numbered(folder / "work"):
-        if int(path.name.partition("-")[0]) < finished:
+            found.append(path)
+    return found + [path for path in _numbered(folder / "work") if int(path.name.partition("-")[0]) < finished]
+
+
+def clean(folder: Path, finished: int) -> None:
+    """Remove [`leftovers`]; whoever calls has locked the folder."""
+    for path in leftovers(folder, finished):
+        if path.is_dir():
             shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def check_name(name: Any) -> str:

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from .files import is_first, wait, write_json
 
 logger = logging.get_logger(__name__)
 
-_WHOLE = "whole.json"  # marks a checkpoint of which nothing is missing, and tells the sizes of its files
+_WHOLE = "whole.json"  # marks a checkpoint of which nothing is missing, and tells sizes and checksums of its files
 
 
 class TaskTrainer(KalmanTrainer):
@@ -116,7 +117,7 @@ class WholeCheckpoints(TrainerCallback):
         if is_first() and not control.should_training_stop:
             folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
             if folder.is_dir():  # save_total_limit may have taken it
-                write_json(folder / _WHOLE, _sizes(folder))
+                write_json(folder / _WHOLE, _checksums(folder))
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -153,14 +154,22 @@ def _is_whole(checkpoint: Path) -> bool:
         expected = json.loads(marker.read_text())
     except ValueError:
         expected = {}
-    found = _sizes(checkpoint)
+    found = _checksums(checkpoint)
     wrong = [name for name, size in expected.items() if found.get(name) != size] if expected else [_WHOLE]
     if wrong:
         logger.warning(f"{checkpoint / wrong[0]} is damaged or missing; the checkpoint is thrown away.")
     return not wrong
 
 
-def _sizes(folder: Path) -> dict[str, int]:
-    """Of all files but the marker."""
+def _checksums(folder: Path) -> dict[str, str]:
+    """Size and CRC-32 of all files but the marker: a power cut may leave zeros of the right size."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != _WHOLE)
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files if path.suffix != ".tmp"}
+    return {path.relative_to(folder).as_posix(): _checksum(path) for path in files if path.suffix != ".tmp"}
+
+
+def _checksum(path: Path) -> str:
+    value = 0
+    with path.open("rb") as file:
+        while part := file.read(1 << 22):
+            value = zlib.crc32(part, value)
+    return f"{path.stat().st_size}-{value:08x}"
