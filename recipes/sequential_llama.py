@@ -22,7 +22,7 @@ that needs no hub. An order is a list of places among --domains. Methods are KIN
 
 All but loko take lr, a learning rate of their own in place of --learning_rate.
 All methods of a seed begin with the same adapter and see the same rows. Every run is a file of its own under
---output_dir; runs that are there are not repeated. One process.
+--output_dir; runs that are there are not repeated, and those of other settings, data or weights refused. One process.
 """
 
 import math

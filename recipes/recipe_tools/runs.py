@@ -41,8 +41,22 @@ def read_run(file: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
     if not isinstance(record, dict) or not isinstance(record.get("run"), dict):
         raise ValueError(f"{file} is no whole record of a run; delete it, and the same command does that run again.")
     if record["run"] != identity:
-        raise ValueError(f"{file} is a run with other settings: {record['run']}. Choose another --output_dir.")
+        was, is_now = _flat(record["run"]), _flat(identity)
+        changed = [
+            f"{key} was {was.get(key)!r}, is {is_now.get(key)!r}"
+            for key in dict.fromkeys((*is_now, *was))
+            if was.get(key) != is_now.get(key)
+        ]
+        raise ValueError(f"{file} is a run with other settings: {'; '.join(changed)}. Choose another --output_dir.")
     return record
+
+
+def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Entries of nested mappings by their joined names."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= _flat(value, f"{above}{key}.") if isinstance(value, Mapping) else {f"{above}{key}": value}
+    return found
 
 
 def file_marks(names: Mapping[str, str]) -> dict[str, str]:

@@ -91,7 +91,7 @@ def test_all_methods_run_once_and_their_figures_add_up(arguments, tmp_path, monk
 
     monkeypatch.setattr(recipe, "learn", lambda *_: pytest.fail("a run was repeated"))
     assert recipe.main(arguments) == summary
-    with pytest.raises(ValueError, match="other settings"):
+    with pytest.raises(ValueError, match=r"other settings: settings\.lora_alpha was 16, is 3\. Choose"):
         recipe.main([*arguments, "--lora_alpha", "3"])
 
 
@@ -164,7 +164,7 @@ def test_runs_of_other_data_or_another_base_are_refused(arguments, tmp_path):
     identity = {"method": "joint", "settings": json.loads(json.dumps(first))}
     (tmp_path / "run.json").write_text(json.dumps({"run": identity}))
     assert read_run(tmp_path / "run.json", identity)
-    with pytest.raises(ValueError, match="other settings"):
+    with pytest.raises(ValueError, match=r"other settings: settings\.files\.domains/ab was '\w{64}', is '\w{64}'; "):
         read_run(tmp_path / "run.json", identity | {"settings": other})
 
 
