@@ -15,7 +15,7 @@ learnt, what is to be kept, and methods such as
 Methods and their options are told in recipe_tools/methods/. All methods of a seed begin with the same adapter and see
 the same target rows in the same number of steps. Every setting and seed is a file of its own under
 OUTPUT_DIR/SCENARIO/runs, in the shape of PEFT's MetaMathQA benchmark; what is there is not run again, so that a grid
-that was killed goes on, and files of other settings are refused. Per scenario: report.md, summary.json and
+that was killed goes on, and files of other settings or data are refused. Per scenario: report.md, summary.json and
 learning_forgetting.png. How the figures are made is told in recipe_tools/comparison/summary.py.
 """
 

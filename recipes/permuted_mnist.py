@@ -40,6 +40,7 @@ DEFAULT_METHODS = [
     "filter:structure=diagonal", "filter:structure=ekfac",
     *(f"filter:structure=ekfac,q={q}{where}" for q in ("1e-5", "1e-4", "1e-3") for where in ("", ",where=first")),
 ]  # fmt: skip
+DATA = ("digits", "mnist", "fashion")
 ORDERS = ("given", "reversed")
 # What a run does not depend on.
 FREE = ("methods", "seeds", "orders", "threads", "output_dir", "images")
@@ -82,12 +83,24 @@ def parse(arguments: list[str]) -> Options:
     """
     parser = HfArgumentParser(Options, description=__doc__, formatter_class=Help)  # type: ignore[arg-type]
     (o,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
-    if o.kind not in KINDS or not o.methods or not o.seeds:
-        parser.error(f"--kind must be one of {KINDS}; --methods and --seeds need at least one entry")
-    if not o.orders or set(o.orders) - set(ORDERS):
-        parser.error(f"--orders must be some of {ORDERS}, got {o.orders}")
-    if min(o.tasks, o.samples, o.heldout, o.epochs, o.batch_size) < 1:
-        parser.error("--tasks, --samples, --heldout, --epochs and --batch_size must be at least 1")
+    refusals = {
+        f"--kind must be one of {KINDS}, got {o.kind!r}": o.kind not in KINDS,
+        f"--data must be one of {DATA}, got {o.data!r}": o.data not in DATA,
+        "--methods and --seeds need at least one entry": not (o.methods and o.seeds),
+        f"--orders must be some of {ORDERS}, got {o.orders}": not o.orders or bool(set(o.orders) - set(ORDERS)),
+        "--tasks, --samples, --heldout, --hidden, --layers, --r, --epochs, --batch_size, --curvature_samples and "
+        "--threads must be at least 1": min(
+            o.tasks, o.samples, o.heldout, o.hidden, o.layers, o.r, o.epochs, o.batch_size, o.curvature_samples,
+            o.threads,
+        ) < 1,
+        "--learning_rate must be above 0 and finite": not 0 < o.learning_rate < math.inf,
+        f"--seeds {o.seeds}: each must be in [0, 2^32)": not all(0 <= seed < 2**32 for seed in o.seeds),
+    }  # fmt: skip
+    for message, refused in refusals.items():
+        if refused:
+            parser.error(message)
+    # The same run twice would count as two.
+    o.seeds, o.orders = list(dict.fromkeys(o.seeds)), list(dict.fromkeys(o.orders))
     try:
         o.methods = list(dict.fromkeys(str(Method.parse(text)) for text in o.methods))
     except ValueError as error:

@@ -22,9 +22,10 @@ that needs no hub. An order is a list of places among --domains. Methods are KIN
 
 All but loko take lr, a learning rate of their own in place of --learning_rate.
 All methods of a seed begin with the same adapter and see the same rows. Every run is a file of its own under
---output_dir; runs that are there are not repeated. One process.
+--output_dir; runs that are there are not repeated, and those of other settings, data or weights refused. One process.
 """
 
+import math
 import os
 import shutil
 import sys
@@ -41,14 +42,15 @@ from transformers import DataCollatorForSeq2Seq, set_seed
 from transformers.utils import logging
 
 from kalman_peft import AdapterState, KalmanConfig
+from kalman_peft.continual.store import check_name
 from recipe_tools.arguments import parser_with_config
-from recipe_tools.domains import Domain, load_domain, split_spec
+from recipe_tools.domains import Domain, built_in, load_domain, split_spec
 from recipe_tools.encoding import tokenize
 from recipe_tools.evaluate import kl_from_base, text_loss
-from recipe_tools.models import MODEL_HELP, load_base, load_tokenizer
+from recipe_tools.models import BUNDLED, MODEL_HELP, load_base, load_tokenizer
 from recipe_tools.report import write_json
 from recipe_tools.rows import head
-from recipe_tools.runs import all_cores, device_name, file_name, read_run, short_name
+from recipe_tools.runs import all_cores, device_name, file_marks, file_name, read_run, short_name
 from recipe_tools.sequence_report import (
     CAPTION,
     plot_sequences,
@@ -124,7 +126,7 @@ def parse(arguments: list[str]) -> Options:
     """
     parser, rest = parser_with_config(Options, __doc__, arguments)
     (o, _) = parser.parse_args_into_dataclasses(rest, look_for_args_file=False)
-    o.orders = list(dict.fromkeys(o.orders)) or [",".join(map(str, range(len(o.domains))))]
+    o.orders = o.orders or [",".join(map(str, range(len(o.domains))))]
     whole = sorted(range(len(o.domains)))
     refusals = {
         "--domains needs at least two": len(o.domains) < 2,
@@ -132,9 +134,14 @@ def parse(arguments: list[str]) -> Options:
         f"--orders {o.orders}: each must name the places {whole} once, with commas": any(
             sorted(_places(order)) != whole for order in o.orders
         ),
-        "--max_steps, --batch_size, --rows, --max_length, --curvature_samples, --eval_items and --text_items must be "
-        "positive": min(o.max_steps, o.batch_size, 1 if o.rows is None else o.rows, o.max_length, o.curvature_samples,
-                        o.eval_items, o.text_items) < 1,
+        "--max_steps, --batch_size, --rows, --max_length, --curvature_samples, --eval_items, --text_items, --r and "
+        "--lora_alpha must be positive": min(
+            o.max_steps, o.batch_size, 1 if o.rows is None else o.rows, o.max_length, o.curvature_samples,
+            o.eval_items, o.text_items, o.r, o.lora_alpha
+        ) < 1,
+        "--learning_rate must be above 0 and finite": not 0 < o.learning_rate < math.inf,
+        "--threads must not be negative": o.threads < 0,
+        f"--seeds {o.seeds}: each must be in [0, 2^32)": not all(0 <= seed < 2**32 for seed in o.seeds),
         "more than one process: a run is one process; start it without a launcher": int(
             os.environ.get("WORLD_SIZE", "1")
         )
@@ -143,11 +150,17 @@ def parse(arguments: list[str]) -> Options:
     for message, refused in refusals.items():
         if refused:
             parser.error(message)
+    # The same run twice would count as two.
+    o.seeds = list(dict.fromkeys(o.seeds))
+    o.orders = list(dict.fromkeys(",".join(map(str, _places(order))) for order in o.orders))
     try:
         o.methods = list(dict.fromkeys(map(canonical, o.methods)))
-        names = [split_spec(spec)[0] for spec in o.domains]
     except ValueError as error:
-        parser.error(f"--methods or --domains: {error}")
+        parser.error(f"--methods: {error}")
+    try:
+        names = [check_name(split_spec(spec)[0]) for spec in o.domains]
+    except ValueError as error:
+        parser.error(f"--domains: {error}")
     if len(set(names)) < len(names):
         parser.error(f"--domains: {names} has a name twice")
     return o
@@ -169,8 +182,18 @@ class Runner:
         settings["domains"] = [
             f"{n}:{short_name(split_spec(d)[1])}" for n, d in zip(self.names, options.domains, strict=True)
         ]
+        if marks := self._files():
+            settings["files"] = marks
         self.settings = settings
         self._rows: dict[int, tuple[dict[str, Dataset], dict[str, Domain]]] = {}
+
+    def _files(self) -> dict[str, str]:
+        """What the local files among the options hold: a name alone does not tell."""
+        o = self.options
+        names = {f"domains/{n}": split_spec(d)[1] for n, d in zip(self.names, o.domains, strict=True)}
+        names |= {f"text/{place}": part.strip() for place, part in enumerate(o.text.split(","))}
+        marked = {option: name for option, name in names.items() if not built_in(name)}
+        return file_marks(marked | ({} if o.model in BUNDLED else {"model": o.model}))
 
     def run(self, method: str, order: str, seed: int) -> dict[str, Any]:
         """The record of one run, from its file if it is there.
@@ -181,7 +204,8 @@ class Runner:
             seed (`int`): Of rows, adapter and draws.
 
         Returns:
-            `dict[str, Any]`: `kind`, `names` of the tasks in order, `scores` (R), `own`, `text`, `seconds`, `figures`.
+            `dict[str, Any]`: `kind`, `names` of the tasks in order, `scores` (R), `own`, `text`, `seconds` (None
+            where a killed run went on), `figures`.
 
         Raises:
             ValueError: The file is of other settings.
@@ -196,7 +220,8 @@ class Runner:
         learnt = learn(method, setup)
         record = {"run": identity, "kind": method.partition(":")[0], "names": names, "device": device_name()}
         record |= self.scores(learnt, names)
-        record |= {"seconds": learnt.seconds, "figures": learnt.figures, "provenance": self.provenance(names, seed)}
+        seconds = None if math.isnan(learnt.seconds) else learnt.seconds
+        record |= {"seconds": seconds, "figures": learnt.figures, "provenance": self.provenance(names, seed)}
         write_json(record, file)
         if not self.options.keep_states:
             shutil.rmtree(setup.folder, ignore_errors=True)

@@ -66,6 +66,18 @@ class SequenceOptions:
     def __post_init__(self):
         if unknown := set(self.structures) - set(STRUCTURES):
             raise ValueError(f"structures must be of {list(STRUCTURES)}, got {sorted(unknown)}.")
+        for name in ("sizes", "ranks", "structures"):
+            given = getattr(self, name)
+            if not given or len(set(given)) < len(given):
+                raise ValueError(f"{name} needs at least one entry, and each once, got {given}.")
+        if not all(0 < size < math.inf for size in self.sizes):
+            raise ValueError(f"sizes must be above 0 and finite, got {self.sizes}.")
+        lowest = {"r": 1, "tasks": 0, "pass_rank": 1, "pass_layers": 1, "rounds": 1, "threads": 1}
+        for name, low in lowest.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}.")
+        if min(self.ranks) < 1:
+            raise ValueError(f"ranks must be at least 1, got {self.ranks}.")
 
 
 # -- given curvature -----------------------------------------------------------------------------------------------
@@ -178,9 +190,9 @@ def slopes(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         found = sorted(
             (row for row in rows if (row["structure"], row["k"]) == (structure, k)), key=lambda row: row["weights"]
         )
-        if len(found) < 2:
-            continue
         low, high = found[0], found[-1]
+        if low["weights"] == high["weights"]:
+            continue
         wide = math.log(high["weights"] / low["weights"])
         result.append(
             {"structure": structure, "k": k} | {verb: math.log(high[verb] / low[verb]) / wide for verb in VERBS}
@@ -267,7 +279,11 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 def main() -> None:
     """Measure, print tables, write JSON."""
-    (options,) = HfArgumentParser(SequenceOptions).parse_args_into_dataclasses()  # type: ignore[arg-type]
+    parser = HfArgumentParser(SequenceOptions)  # type: ignore[arg-type]
+    try:
+        (options,) = parser.parse_args_into_dataclasses()
+    except ValueError as error:
+        parser.error(str(error))
     result = benchmark(options, lambda line: print(line, file=sys.stderr, flush=True))
     show(result, Console(width=140))
     if options.output:

@@ -6,6 +6,7 @@ bookkeeping several, in runs of thousands of steps and dozens of settings. The f
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -32,6 +33,7 @@ from kalman_peft.filtering import belief_figures, increment_of, transition_figur
 from kalman_peft.laplace import add_penalty_gradient
 
 from .image_tasks import Batch, ImageTask, accuracy, batches, joined
+from .spelling import spelt
 
 
 KINDS = ("sequential", "l2", "ewc", "filter", "replay", "separate", "joint")
@@ -41,6 +43,7 @@ USED = {
     "l2": {"strength"},
     "replay": {"share"},
 }
+STRUCTURES = ("diagonal", "low_rank", "ekfac", "dense")
 Weights = Mapping[str, Tensor]
 
 
@@ -86,7 +89,7 @@ class Method:
             `Method`: With the defaults of its kind.
 
         Raises:
-            ValueError: Unknown kind or option, or no number.
+            ValueError: Unknown kind or option, one given twice, a value out of range, or one without effect.
         """
         kind, _, rest = text.partition(":")
         if kind not in KINDS:
@@ -95,13 +98,22 @@ class Method:
         given: dict[str, Any] = {}
         for pair in filter(None, rest.split(",")):
             name, _, value = pair.partition("=")
+            if name in given:
+                raise ValueError(f"{text!r}: {name} is given twice.")
             if name not in USED.get(kind, set()):
                 raise ValueError(f"{text!r}: {kind} has no option {name!r}; it has {sorted(USED.get(kind, set()))}.")
-            given[name] = {"int": int, "float": float, "str": str}[str(types[name])](value)
+            try:
+                given[name] = {"int": int, "float": float, "str": str}[str(types[name])](value)
+            except ValueError:
+                kinds = {"int": "a whole number", "float": "a number"}
+                raise ValueError(f"{text!r}: {name} must be {kinds[str(types[name])]}, got {value!r}.") from None
         if given.get("where", "all") not in ("all", "first") or not 0 < given.get("share", 1) <= 1:
             raise ValueError(f"{text!r}: where is 'all' or 'first', share in (0, 1].")
         if given.get("fisher", "exact") not in ("sampled", "exact"):
             raise ValueError(f"{text!r}: fisher is 'sampled' or 'exact'.")
+        _check_numbers(text, given)
+        if kind == "filter":
+            _check_filter(text, given)
         if kind == "ewc":
             given = {"structure": "diagonal", "prior": 1e-3, "fisher": "exact"} | given
         return cls(kind, **given)
@@ -109,11 +121,29 @@ class Method:
     def __str__(self) -> str:
         default = asdict(Method.parse(self.kind))
         own = {k: v for k, v in asdict(self).items() if k != "kind" and v != default[k]}
-        return (
-            self.kind
-            + (":" if own else "")
-            + ",".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in own.items())
-        )
+        return self.kind + (":" if own else "") + ",".join(f"{k}={spelt(v)}" for k, v in own.items())
+
+
+def _check_numbers(text: str, given: Mapping[str, Any]) -> None:
+    expected = {
+        "rank": ("at least 0", lambda v: v >= 0), "keep": ("0 or 1", lambda v: v in (0, 1)),
+        "q": ("at least 0 and finite", lambda v: 0 <= v < math.inf),
+        "strength": ("at least 0 and finite", lambda v: 0 <= v < math.inf),
+        "prior": ("above 0 and finite", lambda v: 0 < v < math.inf),
+    }  # fmt: skip
+    for name, (words, fits) in expected.items():
+        if name in given and not fits(given[name]):
+            raise ValueError(f"{text!r}: {name} must be {words}, got {given[name]}.")
+
+
+def _check_filter(text: str, given: Mapping[str, Any]) -> None:
+    structure = given.get("structure", "low_rank")
+    if structure not in STRUCTURES:
+        raise ValueError(f"{text!r}: structure must be one of {list(STRUCTURES)}, got {structure!r}.")
+    if structure != "low_rank" and (useless := {"rank", "keep"} & given.keys()):
+        raise ValueError(f"{text!r}: {' and '.join(sorted(useless))} goes with structure=low_rank only; leave it out.")
+    if given.get("where") == "first" and not given.get("q"):
+        raise ValueError(f"{text!r}: where= says which weights gain process noise; give q= too.")
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,11 @@ def split_spec(spec: str) -> tuple[str, str]:
     return name, data
 
 
+def built_in(name: str) -> bool:
+    """Whether data go by a word of the recipes' own, whatever files of that name there may be."""
+    return name in (*TEXTS, "offline", "gsm8k-offline", "far-domains") or names_generated(name)
+
+
 def load_domain(spec: str, *, limit_train: int | None, limit_eval: int, seed: int) -> Domain:
     """Load one domain.
 

@@ -21,6 +21,8 @@ from tqdm.auto import tqdm
 
 from kalman_peft import CategoricalObservation, create_loko_optimizer
 
+from .spelling import spelt
+
 
 RATED = {"adamw": torch.optim.AdamW, "adagrad": torch.optim.Adagrad, "sgd": torch.optim.SGD}
 DIAGNOSTICS = ("trust", "innovation", "gain_norm", "decrease", "kl", "trace_p")
@@ -78,6 +80,8 @@ def parse_options(text: str) -> dict[str, Any]:
         key, equals, value = part.partition("=")
         if not (key and equals and value):
             raise ValueError(f"{part!r} in {text!r} is not OPTION=VALUE.")
+        if key in options:
+            raise ValueError(f"{key} is given twice in {text!r}.")
         try:
             options[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
@@ -109,7 +113,7 @@ def canonical(method: str) -> str:
         rate = math.nan
     if not 0 < rate < math.inf:
         raise ValueError(f"{method!r} needs a positive learning rate, as in '{kind}:1e-3'.")
-    return f"{kind}:{rate:g}"
+    return f"{kind}:{spelt(rate)}"
 
 
 @dataclass

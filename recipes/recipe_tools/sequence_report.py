@@ -30,7 +30,10 @@ COLUMNS = (
     ("text_kl", "KL from base", ".3f"),
     ("seconds", "seconds", ".0f"),
 )
-CAPTION = "Held-out loss in nats per token, ± 95 % over runs (Student's t); differences are paired by seed and order."
+CAPTION = (
+    "Held-out loss in nats per token, ± 95 % over runs (Student's t); differences are paired by seed and order. "
+    "Seconds are of the runs that were not interrupted."
+)
 
 Run = Mapping[str, Any]
 
@@ -40,14 +43,14 @@ def run_figures(run: Run) -> dict[str, dict[str, float]]:
 
     Args:
         run (`Mapping[str, Any]`): As stored: `scores` (R, of losses, None where not measured), `own` (losses of every
-            task with an adapter found afterwards, by name), `text` and `seconds`.
+            task with an adapter found afterwards, by name), `text` and `seconds` (None where not timed as a whole).
 
     Returns:
         `dict[str, dict[str, float]]`: "" for the method, and "smoothed" and so on; figures that make no sense for it
         are missing.
     """
     scores, found = as_matrix(run["scores"]), {}
-    figures: dict[str, float] = {"seconds": run["seconds"]}
+    figures: dict[str, float] = {} if run["seconds"] is None else {"seconds": run["seconds"]}
     if run["kind"] == "joint":  # nothing is known after a single task
         figures["average_loss"] = float(np.mean(scores[-1]))
     elif run["kind"] == "separate":  # no adapter is for all tasks
@@ -79,7 +82,9 @@ def summarise_sequences(runs: Mapping[str, Sequence[Run]]) -> dict[str, dict[str
         figures = [run_figures(run) for run in found]
         for part in figures[0]:
             rows = [one[part] for one in figures]
-            row = {name: interval([one[name] for one in rows]) for name in rows[0]}
+            # All runs of a method have the same figures, but for the seconds of those that were killed and went on.
+            names = dict.fromkeys(name for one in rows for name in one)
+            row = {name: interval([one[name] for one in rows if name in one]) for name in names}
             if "average_loss" in row:
                 losses = [one["average_loss"] for one in rows]
                 if reference is not None:

@@ -7,6 +7,7 @@ the same number of steps and the seed `seed` + t, and all begin with the same ad
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ from torch import Tensor
 from kalman_peft import AdapterState, Belief, ContinualLearner, KalmanConfig, KalmanTrainer, initial_belief
 
 from .prequential import parse_options
+from .spelling import spelt
 
 
 # Kinds and their options with defaults; the first option of a kind is always part of the method's name. A rate `lr` of
@@ -90,7 +92,8 @@ class Learnt:
     Attributes:
         model (`PeftModel`): To load adapters into.
         adapters (`list`): After each task: A and B by key. Of "joint" one, after all tasks.
-        seconds (`float`): Of learning: training, curvature, and the filter's files.
+        seconds (`float`): Of learning: training, curvature, and the filter's files; NaN where a run that was killed
+            went on, as what it had done before was not timed.
         own (`dict[str, list]`): Adapters of every task that are found afterwards: "smoothed", "neighbours averaged".
         figures (`list[dict]`): Of a filter, by task.
         per_task (`bool`): An adapter is for its own task alone.
@@ -127,12 +130,12 @@ def read_method(text: str) -> tuple[str, dict[str, Any]]:
         if name in CHOICES:
             fits, expected = value in CHOICES[name], f"one of {', '.join(CHOICES[name])}"
         elif name == "layers":
-            fits, expected = isinstance(value, str), "a regular expression"
+            fits, expected = _is_pattern(value), "a regular expression"
         elif name == "rank":
-            fits, expected = isinstance(value, int) and value > 0, "a whole number above 0"
+            fits, expected = type(value) is int and value > 0, "a whole number above 0"
         else:
             low, high = {"share": (0, 1), "decay": (0, 1)}.get(name, (0, math.inf))
-            fits, expected = isinstance(value, int | float) and low <= value <= high, f"in [{low}, {high}]"
+            fits, expected = type(value) in (int, float) and low <= value <= high, f"in [{low}, {high}]"
             fits = fits and math.isfinite(value)
         if name == "prior":
             fits = fits and value > 0
@@ -141,6 +144,11 @@ def read_method(text: str) -> tuple[str, dict[str, Any]]:
             raise ValueError(f"{text!r}: {name} must be {expected}, got {value!r}.")
     if options.get("layers") and not options["q"]:
         raise ValueError(f"{text!r}: layers= says where the process noise goes; give q= too.")
+    if options.get("decay") == 0 and (not options["q"] or options["layers"]):
+        raise ValueError(
+            f"{text!r}: with decay=0 every weight begins each task anew, and needs process noise: give q= without "
+            "layers=, or decay= above 0."
+        )
     if "rank" in given and options["structure"] != "low_rank":
         raise ValueError(f"{text!r}: rank= goes with structure=low_rank.")
     if kind == "replay" and not 0 < options["share"] < 1:
@@ -148,12 +156,19 @@ def read_method(text: str) -> tuple[str, dict[str, Any]]:
     return kind, options
 
 
+def _is_pattern(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and bool(re.compile(value))
+    except re.error:
+        return False
+
+
 def canonical(text: str) -> str:
-    """One spelling per method: numbers as short as can be, no options at their defaults but the first of the kind."""
+    """One spelling per method: numbers short but unchanged, no options at their defaults but the first of the kind."""
     kind, options = read_method(text)
     first = next(iter(KINDS[kind]), None)
     shown = [
-        f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
+        f"{name}={spelt(value)}"
         for name, value in options.items()
         if (name == first and name != "lr") or value != KINDS[kind][name]
     ]
@@ -211,9 +226,10 @@ def _filtered(kind: str, options: Mapping[str, Any], setup: Setup) -> Learnt:
     args = setup.config(output_dir=str(setup.folder), **changes)
     began = time.perf_counter()
     learner = ContinualLearner(setup.model(), args, **chosen, **setup.trainer_options)
+    resumed = bool(learner.tasks)
     for name, rows in setup.tasks.items():
         learner.learn(name, rows)
-    seconds = time.perf_counter() - began
+    seconds = math.nan if resumed else time.perf_counter() - began
     learnt = Learnt(learner.model, [record.belief.mean for record in learner.records()], seconds)
     learnt.figures = [entry["figures"] for entry in learner.tasks]
     if options.get("q") or options.get("decay", 1.0) < 1:

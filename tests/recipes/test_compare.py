@@ -115,6 +115,18 @@ def test_a_grid_runs_once_and_its_files_hold_what_was_measured(arguments, tmp_pa
         recipe.main(arguments(steps=4))
 
 
+def test_runs_of_another_file_of_the_same_name_are_refused(arguments, tmp_path, fake, monkeypatch):
+    recipe.main(arguments())
+    text = tmp_path / "text.jsonl"
+    was = text.read_text()
+    text.write_text(was.replace("general", "special"))
+    with pytest.raises(ValueError, match=r"other settings.*Choose another --output_dir"):
+        recipe.main(arguments())
+    text.write_text(was)  # at another time
+    monkeypatch.setattr(fake, "train", lambda *_: pytest.fail("a run was repeated"))
+    recipe.main(arguments())
+
+
 def test_a_killed_grid_goes_on(arguments, tmp_path, fake, monkeypatch):
     done, train = [], fake.train
 

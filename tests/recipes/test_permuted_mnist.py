@@ -14,6 +14,7 @@ from kalman_peft.metrics import average_accuracy
 from recipe_tools.continual_methods import Method, Training, run
 from recipe_tools.image_tasks import accuracy, batches, between_rotations, make_mlp, make_tasks
 from recipe_tools.images import load_images
+from recipe_tools.runs import read_run
 
 
 HOW = Training(epochs=2, batch_size=32, learning_rate=1e-2, curvature_samples=60)
@@ -120,7 +121,8 @@ def test_noise_opens_the_filter_where_it_is_told_to(images):
 
 
 @pytest.mark.parametrize(
-    "text", ["filter:rank=3,q=0.0001,where=first", "ewc:strength=10", "replay:share=0.05", "joint"]
+    "text",
+    ["filter:rank=3,q=0.0001,where=first", "filter:q=1.23456789e-05", "ewc:strength=10", "replay:share=0.05", "joint"],
 )
 def test_methods_are_written_as_they_are_read(text):
     assert str(Method.parse(text)) == text and Method.parse(str(Method.parse(text))) == Method.parse(text)
@@ -128,7 +130,12 @@ def test_methods_are_written_as_they_are_read(text):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("adam", "expected one of"), ("joint:q=1", "joint has no option 'q'"), ("filter:where=last", "where is 'all'"),
+    [("filter:rank=-1", "rank must be at least 0"), ("filter:rank=a", "rank must be a whole number, got 'a'"),
+     ("filter:q=nan", "q must be at least 0"), ("filter:prior=0", "prior must be above 0"),
+     ("ewc:strength=nan", "strength must be at least 0"), ("filter:keep=7", "keep must be 0 or 1"),
+     ("filter:rank=1,rank=2", "rank is given twice"), ("filter:structure=foo", "structure must be one of"),
+     ("filter:structure=ekfac,rank=3", "rank goes with structure=low_rank only"),
+     ("filter:where=first", "give q= too"), ("adam", "expected one of"), ("joint:q=1", "joint has no option 'q'"), ("filter:where=last", "where is 'all'"),
      ("filter:fisher=empirical", "fisher is 'sampled' or 'exact'"), ("replay:share=2", r"share in \(0, 1\]")],
 )  # fmt: skip
 def test_raises_when_a_method_is_none(text, message):
@@ -175,3 +182,34 @@ def test_orders_are_runs_of_their_own(tmp_path):
     assert mean == pytest.approx((given["between"]["interpolated"][0] + back["between"]["interpolated"][0]) / 2)
     with pytest.raises(SystemExit):
         recipe.main([*arguments, "--orders", "sideways"])
+
+
+def test_no_run_is_counted_twice():
+    options = recipe.parse(
+        ["--seeds", "1", "0", "1", "--orders", "given", "given", "--methods", "l2", "l2:strength=1"]
+    )
+    assert options.seeds == [1, 0] and options.orders == ["given"] and options.methods == ["l2"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--hidden", "0"], "--hidden"),
+        (["--layers", "-1"], "must be at least 1"),
+        (["--threads", "0"], "--threads must be at least 1"),
+        (["--data", "x"], "--data must be one of"),
+        (["--seeds", "-1"], "--seeds [-1]: each must be in"),
+        (["--learning_rate", "nan"], "--learning_rate must be above 0"),
+    ],
+)
+def test_raises_when_options_do_not_fit(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        recipe.parse(arguments)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ['{"run": {"method"', "{}", "[]"])
+def test_raises_when_a_file_is_no_whole_run(content, tmp_path):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(ValueError, match=r"run\.json is no whole record of a run; delete it"):
+        read_run(tmp_path / "run.json", {"method": "l2"})

@@ -50,3 +50,17 @@ def test_the_exponent_of_a_square_is_two():
 def test_raises_when_a_structure_is_unknown():
     with pytest.raises(ValueError, match="structures must be of"):
         SequenceOptions(structures=["dense"])
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("rounds", 0), ("r", 0), ("sizes", [-5.0]), ("sizes", [1e4, 1e4]), ("ranks", []), ("tasks", -1), ("threads", 0)],
+)
+def test_raises_when_nothing_would_be_measured(name, value):
+    with pytest.raises(ValueError, match=name):
+        SequenceOptions(**{name: value})
+
+
+def test_no_exponent_between_equal_sizes():
+    row = {"structure": "x", "k": 1, "weights": 10} | dict.fromkeys(sequence_cost.VERBS, 1.0)
+    assert sequence_cost.slopes([row, dict(row)]) == []

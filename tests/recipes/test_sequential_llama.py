@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from datasets import Dataset
 from kalman_peft.metrics import continual_metrics
 from recipe_tools.domains import load_domain, split_spec
 from recipe_tools.plots import look
+from recipe_tools.runs import read_run
 from recipe_tools.sequence_report import as_matrix, run_figures, summarise_sequences, table_cells
 from recipe_tools.sequences import KINDS, averages, canonical, mixed, noise_of, read_method
 from recipe_tools.targets import GENERATED
@@ -89,7 +91,7 @@ def test_all_methods_run_once_and_their_figures_add_up(arguments, tmp_path, monk
 
     monkeypatch.setattr(recipe, "learn", lambda *_: pytest.fail("a run was repeated"))
     assert recipe.main(arguments) == summary
-    with pytest.raises(ValueError, match="other settings"):
+    with pytest.raises(ValueError, match=r"other settings: settings\.lora_alpha was 16, is 3\. Choose"):
         recipe.main([*arguments, "--lora_alpha", "3"])
 
 
@@ -123,6 +125,55 @@ def test_a_killed_filter_goes_on_from_its_files(arguments, tmp_path, monkeypatch
     assert len(stored(tmp_path / "out")) == 1
 
 
+def test_seconds_of_a_run_that_was_killed_are_not_counted(arguments, tmp_path, monkeypatch):
+    arguments = [*arguments, "--methods", "filter:structure=diagonal"]
+    learner = recipe.learn.__globals__["ContinualLearner"]
+    learn, calls = learner.learn, []
+
+    def dying(self, name, *rest):
+        calls.append(name)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return learn(self, name, *rest)
+
+    monkeypatch.setattr(learner, "learn", dying)
+    with pytest.raises(KeyboardInterrupt):
+        recipe.main(arguments)
+    summary = recipe.main([*arguments, "--seeds", "0", "1"])
+    killed, whole = (stored(tmp_path / "out")["filter:structure=diagonal", "0,1", seed] for seed in (0, 1))
+    assert killed["seconds"] is None and whole["seconds"] > 0 and calls == ["ab", "cd", "ab", "cd", "ab", "cd"]
+    row = summary["results"]["0,1"]["filter:structure=diagonal"]
+    assert row["seconds"] == {"mean": whole["seconds"], "ci95": None} and row["average_loss"]["ci95"] is not None
+
+
+def test_runs_of_other_data_or_another_base_are_refused(arguments, tmp_path):
+    def settings(folder):
+        found = [argument.replace(str(tmp_path), str(folder)) for argument in arguments]
+        return recipe.Runner(recipe.parse(found)).settings
+
+    first = settings(tmp_path)
+    assert first["files"].keys() == {"domains/ab", "domains/cd", "text/0", "model"}
+    moved = shutil.copytree(tmp_path, tmp_path / "moved", copy_function=shutil.copyfile)  # other times, other paths
+    (moved / "model" / "optimizer.bin.tmp").write_text("left by something else")
+    assert settings(moved) == first
+    weights = moved / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    (moved / "ab.jsonl").write_text((moved / "ab.jsonl").read_text().replace("abab", "zqzq"))
+    other = settings(moved)
+    assert {name for name, mark in other["files"].items() if mark != first["files"][name]} == {"domains/ab", "model"}
+    identity = {"method": "joint", "settings": json.loads(json.dumps(first))}
+    (tmp_path / "run.json").write_text(json.dumps({"run": identity}))
+    assert read_run(tmp_path / "run.json", identity)
+    with pytest.raises(ValueError, match=r"other settings: settings\.files\.domains/ab was '\w{64}', is '\w{64}'; "):
+        read_run(tmp_path / "run.json", identity | {"settings": other})
+
+
+def test_a_word_of_the_recipes_own_is_no_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wikipedia").write_text("something else of that name")
+    assert "files" not in recipe.Runner(recipe.parse([])).settings
+
+
 # -- parts ---------------------------------------------------------------------------------------------------------
 
 
@@ -145,6 +196,7 @@ def test_neighbours_are_averaged():
         ("filter", "filter:structure=ekfac"),
         ("filter:q=1e-04,structure=diagonal,strength=1", "filter:structure=diagonal,q=0.0001"),
         ("l2:strength=1e-3", "l2:to=previous"),
+        ("loko:q=1.23456789e-5", "loko:memory=kronecker,q=1.23456789e-05"),
         ("joint", "joint"),
         ("ewc:lr=4e-03", "ewc:strength=1,lr=0.004"),
     ],
@@ -207,6 +259,15 @@ def test_a_domain_is_a_name_and_its_data(tmp_path):
         (["--methods", "filter:decay=2"], "decay must be in"),
         (["--methods", "filter:prior=0"], "prior must be above 0"),
         (["--methods", "replay:share=0"], "between 0 and 1"),
+        (["--methods", "filter:q=1,layers=("], "layers must be a regular expression"),
+        (["--methods", "filter:decay=0"], "with decay=0"),
+        (["--methods", "ewc:strength=1,strength=2"], "strength is given twice"),
+        (["--methods", "ewc:strength=True"], "strength must be in"),
+        (["--domains", "a:caesar_cipher", "..:word_sorting"], "A task's name becomes a folder's"),
+        (["--seeds", "-1"], "--seeds [-1]: each must be in"),
+        (["--learning_rate", "nan"], "--learning_rate must be above 0"),
+        (["--threads", "-1"], "--threads must not be negative"),
+        (["--r", "0"], "must be positive"),
         (["--max_steps", "0"], "must be positive"),
     ],
 )
@@ -214,6 +275,38 @@ def test_raises_when_options_do_not_fit(arguments, message, capsys):
     with pytest.raises(SystemExit):
         recipe.parse(arguments)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("methods: sequential", "methods must be a list"),
+        ("orders: [0, 1]", "each of orders must be text"),
+        ("max_steps: 1.5", "max_steps must be a whole number, got 1.5"),
+        ("bf16: 'False'", "bf16 must be true or false"),
+        ("learning_rate: high", "learning_rate must be a number"),
+        ("- 3", "must hold options with their values"),
+        ("a: [", "cannot be read"),
+        (None, "cannot be read"),
+    ],
+)
+def test_raises_when_the_yaml_does_not_fit(content, message, tmp_path, capsys):
+    if content is not None:
+        (tmp_path / "c.yaml").write_text(content)
+    with pytest.raises(SystemExit):
+        recipe.parse(["--config", str(tmp_path / "c.yaml")])
+    assert message in capsys.readouterr().err
+
+
+def test_yaml_takes_a_small_number_for_text(tmp_path):
+    (tmp_path / "c.yaml").write_text("learning_rate: 1e-3\nrows: null\nbf16: no\n")
+    options = recipe.parse(["--config", str(tmp_path / "c.yaml")])
+    assert (options.learning_rate, options.rows, options.bf16) == (1e-3, None, False)
+
+
+def test_no_run_is_counted_twice():
+    options = recipe.parse(["--seeds", "1", "0", "1", "--orders", "0,1,2", "0, 1, 2", "2,1,0"])
+    assert options.seeds == [1, 0] and options.orders == ["0,1,2", "2,1,0"]
 
 
 def test_the_file_of_the_whole_grid_is_read():

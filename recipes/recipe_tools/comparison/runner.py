@@ -18,11 +18,14 @@ from transformers.utils import logging
 
 from kalman_peft import KalmanConfig
 
+from ..choices import OFFLINE_CHOICES
+from ..domains import built_in
+from ..models import BUNDLED
 from ..report import results_json, write_json
-from ..runs import device_name, file_name, read_run, short_name
+from ..runs import device_name, file_marks, file_name, read_run, short_name
 from .data import ScenarioData
 from .metrics import evaluate
-from .scenario import FREE, Scenario
+from .scenario import FREE, SELF, Scenario
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class Runner:
     threads: int
     _data: dict[str, ScenarioData] = field(default_factory=dict, repr=False)
     _before: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
+    _marks: dict[str, dict[str, str]] = field(default_factory=dict, repr=False)
 
     def file(self, scenario: str, setting: str, seed: int) -> Path:
         """Of a setting and a seed."""
@@ -81,7 +85,20 @@ class Runner:
         settings |= {key: short_name(settings[key]) for key in ("model", "target")}
         settings |= {key: [short_name(name) for name in settings[key]] for key in ("source", "sources")}
         settings["choices"] = {short_name(name): items for name, items in settings["choices"].items()}
+        if scenario not in self._marks:
+            self._marks[scenario] = self._files(scenario)
+        if self._marks[scenario]:
+            settings["files"] = self._marks[scenario]
         return {"method": setting, "seed": seed, "settings": settings}
+
+    def _files(self, scenario: str) -> dict[str, str]:
+        """What the local files of a scenario hold: a name alone does not tell."""
+        s = self.scenarios[scenario]
+        names = {"target": s.target}
+        for option in ("source", "sources", "choices"):
+            names |= {f"{option}/{place}": name for place, name in enumerate(getattr(s, option))}
+        marked = {o: name for o, name in names.items() if not (name in (SELF, *OFFLINE_CHOICES) or built_in(name))}
+        return file_marks(marked | ({} if s.model in BUNDLED else {"model": s.model}))
 
     def missing(self) -> list[Run]:
         """Runs of which a file is not there: tuning first, and a seed after the other.

@@ -12,6 +12,8 @@ from typing import Any, get_args, get_type_hints
 import torch
 import yaml
 
+from ..spelling import spelt
+
 
 SELF = "self"
 # What a run does not depend on: it can be changed without running anything again.
@@ -213,7 +215,7 @@ def expand(entry: Any, where: str) -> tuple[str, list[str]]:
 
 
 def _spell(kind: str, options: Mapping[str, Any]) -> str:
-    parts = ",".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in options.items())
+    parts = ",".join(f"{k}={spelt(v)}" for k, v in options.items())
     return kind + ("," if ":" in kind else ":") * bool(parts) + parts
 
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..spelling import spelt
+
 
 @dataclass(frozen=True)
 class Number:
@@ -160,20 +162,11 @@ def spell(name: str, kind: Kind, options: Mapping[str, Any]) -> str:
         `str`: Such as "laplace:strength=100,structure=diagonal".
     """
     shown = [
-        f"{key}={_spelt(options[key])}"
+        f"{key}={spelt(options[key])}"
         for key, option in kind.options.items()
         if options[key] is not None and (key == kind.shown or options[key] != option.default)
     ]
     return f"{name}:{','.join(shown)}" if shown else name
-
-
-def _spelt(value: Any) -> str:
-    if isinstance(value, tuple):
-        return "/".join(map(_spelt, value))
-    if isinstance(value, float):
-        short = f"{value:g}"
-        return short if float(short) == value else repr(value)
-    return str(value)
 
 
 def _literal(text: str) -> Any:
