@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..adapters import AdapterState
 from ..belief import Belief
 from . import functions as functions  # registers the rules of torch's functions
-from .modules import attach, lora_rule, rules_in
+from .modules import LoraRule, attach, rules_in
 from .tensor import MODULE_NAMES, MomentTensor, NoMomentRule, mean_of, strip
 from .variances import weight_variances
 
@@ -82,7 +82,7 @@ def streamlined(
         if moved:
             state.load(belief.mean)
         for pair in state:
-            rule = lora_rule(state.adapter_name, (found[pair.key_a], found[pair.key_b]))
+            rule = LoraRule(state.adapter_name, (found[pair.key_a], found[pair.key_b]))
             handles += attach(state.model.get_submodule(pair.name), rule, always=True)
         for module, rule in rules_in(base).items():
             handles += attach(module, rule)
