@@ -138,7 +138,8 @@ def attention_variance(
     Args:
         query (`Tensor`): (..., T, d), in the dtype of the variances.
         key (`Tensor`): (..., S, d), the same leading dimensions.
-        mix (`Callable`): From weights a (..., t, S) to the variance (..., t, e); see `position_mixer`.
+        mix (`Callable`):
+            From weights a (..., t, s) of the first s keys to the variance (..., t, e); see `position_mixer`.
         mask (`Tensor`, *optional*): Added to the scores, or true where attended; broadcasts to (..., T, S).
         is_causal (`bool`, *optional*, defaults to `False`): Query t sees keys up to t.
         scale (`float`, *optional*): 1 / sqrt(d) by default.
@@ -149,15 +150,19 @@ def attention_variance(
     length, width = query.shape[-2], key.shape[-2]
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     rows = max(1, BLOCK // (width * math.prod(query.shape[:-2])))
+    if is_causal:  # in blocks, so that later keys are not even multiplied by zero
+        rows = min(rows, max(32, -(-length // 8)))
     blocks = []
     for start in range(0, length, rows):
         span = slice(start, min(start + rows, length))
-        scores = (query[..., span, :] @ key.mT) * factor
+        keys = slice(0, min(span.stop, width) if is_causal else width)
+        scores = (query[..., span, :] @ key[..., keys, :].mT) * factor
         if is_causal:
             seen = torch.arange(width, device=key.device) <= torch.arange(length, device=key.device)[span, None]
-            scores = scores.masked_fill(~seen, -torch.inf)
+            scores = scores.masked_fill(~seen[:, keys], -torch.inf)
         if mask is not None:
             part = mask if mask.shape[-2] == 1 else mask[..., span, :]
+            part = part if part.shape[-1] == 1 else part[..., keys]
             scores = scores.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else scores + part.to(scores)
         blocks.append(mix(scores.softmax(-1).nan_to_num(0.0)))
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, -2)

@@ -77,7 +77,7 @@ def position_mixer(values: MomentTensor, groups: int = 1) -> Callable[[Tensor], 
         groups (`int`, *optional*, defaults to 1): Heads of a that share one head of v.
 
     Returns:
-        `Callable`: From a (..., T, S) to the variance (..., T, e).
+        `Callable`: From a (..., t, s), the weights of the first s positions, to the variance (..., t, e).
     """
     origin = values._origin
     if origin is not None:
@@ -86,7 +86,7 @@ def position_mixer(values: MomentTensor, groups: int = 1) -> Callable[[Tensor], 
         if rows is not None:
             return _through_layer(weights, origin.x, rows, groups, variance_dtype(mean_of(values)))
     spread = root(_grouped(values.moment_variance, groups))
-    return lambda a: (a @ spread).square()
+    return lambda a: _mixed(a, spread).square()
 
 
 def summed_over_positions(variance: Tensor, dims: list[int], keepdim: bool) -> Tensor:
@@ -104,6 +104,11 @@ def root(variance: Tensor) -> Tensor:
     """Square root with slope 0 at 0."""
     tiny = torch.finfo(variance.dtype).tiny
     return torch.where(variance > 0, variance.clamp(min=tiny).sqrt(), 0.0)
+
+
+def _mixed(weights: Tensor, x: Tensor) -> Tensor:
+    """a x, of the first positions if there are weights for no more."""
+    return weights @ x[..., : weights.shape[-1], :]
 
 
 def _grouped(x: Tensor, groups: int) -> Tensor:
@@ -127,15 +132,15 @@ def _through_layer(
         incoming = linear_variance(variance, matrix).unflatten(-1, rows.shape).transpose(1, 2)
         roots = spread_root, power_root, root(_grouped(incoming, groups))
 
-    def block(mixing: Tensor) -> Tensor:  # (batch, heads, t, S)
+    def block(mixing: Tensor) -> Tensor:  # (batch, heads, t, s)
         flat = mixing.flatten(1, 2)  # all heads mix the same inputs
-        mixed = flat @ x
+        mixed = _mixed(flat, x)
         spread, power = nn.functional.linear(mixed.square(), a_variance), nn.functional.linear(mixed, a).square()
         if roots is not None:
-            spread, power = spread + (flat @ roots[0]).square(), power + (flat @ roots[1]).square()
+            spread, power = spread + _mixed(flat, roots[0]).square(), power + _mixed(flat, roots[1]).square()
         spread, power = (t.unflatten(1, mixing.shape[1:3]) for t in (spread, power))
         own = spread @ from_spread + power @ from_power
-        return own if roots is None else own + (mixing @ roots[2]).square()
+        return own if roots is None else own + _mixed(mixing, roots[2]).square()
 
     def mix(mixing: Tensor) -> Tensor:
         mixing = mixing.expand(x.shape[0], len(rows_of_a), -1, -1)
