@@ -324,6 +324,16 @@ def test_attention_equals_the_dense_covariance(name, monkeypatch):
     assert torch.allclose(variance_of(attend(v)).reshape(-1), expected, rtol=1e-12, atol=1e-15)
 
 
+def test_long_causal_attention_equals_the_dense_covariance():
+    """In blocks that leave out later keys."""
+    q, k, v = draw(1, 2, 70, 3), draw(1, 2, 70, 3, seed=1), uncertain(1, 2, 70, 4, seed=2)
+
+    def attend(values):
+        return F.scaled_dot_product_attention(q, k, values, is_causal=True)
+
+    assert torch.allclose(variance_of(attend(v)).reshape(-1), shared_attention(attend, v), rtol=1e-10)
+
+
 def test_grouped_attention_equals_the_dense_covariance():
     q, k, v = attention_case(groups=3)
 

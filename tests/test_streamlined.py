@@ -157,18 +157,45 @@ def last_position(output):
     return output[:, -1] if output.dim() == 3 else output
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# Without queries and keys, which count as known.
+NO_QUERIES = {
+    "llama": ["v_proj", "down_proj"], "bert": ["value", "output.dense"], "minilm": ["value"], "roberta": ["value"],
+    "vit": ["v_proj", "fc1"],
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("depth", [1, 2, 4])
-def test_variances_deep_in_the_network_follow_the_linearised_ones(kind, depth):
-    """Of any length. What is left is that channels count as independent, though a layer of rank 2 makes them."""
-    model = make_model(kind, width=64, depth=depth)
-    belief = diagonal_belief(model, 1e-9)
-    ratios = []
-    for length in (5, 26, 82):
-        inputs = make_inputs(kind, length)
-        expected = linearised_variance(model, inputs, weight_variances(belief), last_position)
-        ratios.append(float(last_position(pass_through(model, belief, inputs)[1]).sum() / expected.sum()))
-    print(kind, depth, ratios)
+@pytest.mark.parametrize("queries", [True, False])
+def test_variances_deep_in_the_network_follow_the_linearised_ones(queries, depth):
+    """Of any length. What is left comes from channels, that count as independent, and from queries and keys."""
+    logs = []
+    kinds = KINDS if queries else list(NO_QUERIES)
+    for kind in kinds:
+        model = make_model(kind, targets=None if queries else NO_QUERIES[kind], width=64, depth=depth)
+        belief = diagonal_belief(model, 1e-9)
+        for length in (5, 26, 82):
+            inputs = make_inputs(kind, length)
+            expected = linearised_variance(model, inputs, weight_variances(belief), last_position)
+            found = last_position(pass_through(model, belief, inputs)[1])
+            logs.append((found.sum() / expected.sum()).log())
+    ratios = torch.stack(logs).exp().view(len(kinds), 3)
+    assert bool((ratios > (0.36 if queries else 0.5)).all()) and bool((ratios < 1.9).all())
+    typical = ratios.log().mean(0).exp()
+    assert bool((typical > (0.6 if queries else 0.9)).all()) and bool((typical < 1.25).all())
+    assert 0.8 < typical[2] / typical[0] < 1.4
+
+
+def test_variances_are_large_where_the_linearised_ones_are():
+    """Rank and size of single outputs, as correlation of their logarithms."""
+    found = []
+    for kind in KINDS:
+        model, inputs = make_model(kind), make_inputs(kind)
+        belief = diagonal_belief(model, 1e-9)
+        _, variance = pass_through(model, belief, inputs)
+        expected = linearised_variance(model, inputs, weight_variances(belief))
+        seen = expected > 1e-3 * expected.mean()
+        found.append(float(torch.corrcoef(torch.stack([variance[seen].log(), expected[seen].log()]))[0, 1]))
+    assert min(found) > 0.35 and sum(found) / len(found) > 0.65
 
 
 def test_the_linearised_network_equals_samples_of_the_adapter_for_small_variances():

@@ -2,8 +2,9 @@
 
 A LoRA layer multiplies every position by the same A and B: the weighted sum of its outputs is its output for the
 weighted sum of its inputs, sum_s a_s B A x_s = B A (sum_s a_s x_s), and that share of the variance is exact. What was
-uncertain before the layer came from shared weights as well: it counts as fully correlated over positions, with
-variance (sum_s a_s sqrt(v_s))^2, an upper bound where the a_s are not negative.
+uncertain before the layer came from shared weights as well, which correlate positions as far as these are alike: the
+correlation of two is taken to be the cosine of the layer's inputs there, averaged over the pairs that are mixed. Where
+no layer's inputs are known, in pooling for example, it is 1: (sum_s a_s sqrt(v_s))^2, the most that it can be.
 """
 
 from collections.abc import Callable
@@ -111,6 +112,35 @@ def _mixed(weights: Tensor, x: Tensor) -> Tensor:
     return weights @ x[..., : weights.shape[-1], :]
 
 
+def _likeness(weights: Tensor, lengths: Tensor, mixed: Tensor) -> Tensor:
+    """Mean cosine of two inputs, over the pairs s != s' that a mixes, weighted by a_s |x_s| a_s' |x_s'|.
+
+    Args:
+        weights (`Tensor`): a, (batch, n, s).
+        lengths (`Tensor`): |x_s|^2, (batch, S, 1).
+        mixed (`Tensor`): sum_s a_s x_s, (batch, n, d_in).
+
+    Returns:
+        `Tensor`: (batch, n, 1), between 0 and 1: what is unlike counts as independent.
+    """
+    alone, pairs = _alone_and_pairs(weights, lengths)
+    several = pairs > torch.finfo(pairs.dtype).eps * alone  # a first token sees itself alone
+    found = (mixed.square().sum(-1, keepdim=True) - alone) / torch.where(several, pairs, 1.0)
+    return torch.where(several, found, 0.0).clamp(0, 1)
+
+
+def _blend(weights: Tensor, variance: Tensor, correlation: Any) -> Tensor:
+    """Variance of sum_s a_s x_s whose terms have this correlation."""
+    alone, pairs = _alone_and_pairs(weights, variance)
+    return alone + correlation * pairs
+
+
+def _alone_and_pairs(weights: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum over s of a_s^2 v_s, and over s != s' of a_s a_s' sqrt(v_s v_s')."""
+    alone = _mixed(weights.square(), variance)
+    return alone, (_mixed(weights, root(variance)).square() - alone).clamp(min=0)
+
+
 def _grouped(x: Tensor, groups: int) -> Tensor:
     return x if groups == 1 else x.repeat_interleave(groups, -3)
 
@@ -123,24 +153,27 @@ def _through_layer(
     x, variance = mean_of(given).to(dtype), variance_of(given)
     rows_of_a = _grouped(rows[:, None], groups)[:, 0] if groups > 1 else rows
     from_spread, from_power = (s**2 * (b.square() + b_variance))[rows_of_a].mT, (s**2 * b_variance)[rows_of_a].mT
-    roots: tuple[Tensor, Tensor, Tensor] | None = None
+    lengths = x.square().sum(-1, keepdim=True)
+    inputs: tuple[Tensor, Tensor, Tensor] | None = None
     if variance is not None:
-        spread_root = root(nn.functional.linear(variance, a_variance))
-        power_root = root(nn.functional.linear(variance, a.square()))
         chosen = rows.flatten()
         matrix = weights.weight()[chosen].to(x) + s * (b[chosen] @ a)
         incoming = linear_variance(variance, matrix).unflatten(-1, rows.shape).transpose(1, 2)
-        roots = spread_root, power_root, root(_grouped(incoming, groups))
+        spread, power = (nn.functional.linear(variance, side) for side in (a_variance, a.square()))
+        inputs = spread, power, _grouped(incoming, groups)
 
     def block(mixing: Tensor) -> Tensor:  # (batch, heads, t, s)
         flat = mixing.flatten(1, 2)  # all heads mix the same inputs
         mixed = _mixed(flat, x)
         spread, power = nn.functional.linear(mixed.square(), a_variance), nn.functional.linear(mixed, a).square()
-        if roots is not None:
-            spread, power = spread + _mixed(flat, roots[0]).square(), power + _mixed(flat, roots[1]).square()
+        likeness = None
+        if inputs is not None:
+            likeness = _likeness(flat, lengths, mixed)
+            spread, power = spread + _blend(flat, inputs[0], likeness), power + _blend(flat, inputs[1], likeness)
+            likeness = likeness.unflatten(1, mixing.shape[1:3])
         spread, power = (t.unflatten(1, mixing.shape[1:3]) for t in (spread, power))
         own = spread @ from_spread + power @ from_power
-        return own if roots is None else own + _mixed(mixing, roots[2]).square()
+        return own if inputs is None else own + _blend(mixing, inputs[2], likeness)
 
     def mix(mixing: Tensor) -> Tensor:
         mixing = mixing.expand(x.shape[0], len(rows_of_a), -1, -1)
