@@ -38,11 +38,16 @@ def run(module, x):
     return out
 
 
-def jacobian_rule(function, x):
-    """J^2 v, with J of the function at the mean: the delta method, all of it."""
+def jacobian_rule(function, x, shared=False):
+    """diag(J C J^T), with J of the function at the mean: the delta method, all of it.
+
+    C is diagonal; for `shared` the entries in one place of the last dimension are fully correlated.
+    """
     jacobian = torch.autograd.functional.jacobian(function, mean_of(x))
-    size = mean_of(x).numel()
-    return jacobian.reshape(-1, size).square() @ variance_of(x).reshape(-1)
+    scaled = jacobian.reshape(-1, *x.shape) * variance_of(x).sqrt()
+    if shared:
+        scaled = scaled.flatten(1, -2).sum(1)
+    return scaled.flatten(1).square().sum(1)
 
 
 # -- LoRA and linear layers ------------------------------------------------------------------------------------------
@@ -108,7 +113,7 @@ def test_blocks_of_a_wide_layer_equal_the_whole(monkeypatch):
     v, weight = draw(3, 6, positive=True), draw(10, 6, seed=1)
     x, _, w, factors, factor_variances, s = lora_case()
     whole = moments.linear_variance(v, weight), moments.lora_variance(x, x.square(), w, factors, factor_variances, s)
-    monkeypatch.setattr(moments, "_BLOCK", 18)
+    monkeypatch.setattr(moments, "BLOCK", 18)
     parts = moments.linear_variance(v, weight), moments.lora_variance(x, x.square(), w, factors, factor_variances, s)
     for a, b in zip(whole, parts, strict=True):
         assert torch.allclose(a, b, rtol=1e-12)
@@ -136,9 +141,6 @@ def test_convolution_equals_the_dense_covariance(options):
 
 
 FUNCTIONS = {
-    "pooling": lambda x: x.mean(1),
-    "pooling kept": lambda x: torch.mean(x, dim=(0, 2), keepdim=True),
-    "masked pooling": lambda x: torch.sum(x * MASK, 1) / MASK.sum(1).clamp(min=1e-9),
     "first token": lambda x: x[:, 0],
     "turned": lambda x: x.transpose(1, 2).reshape(2, -1).contiguous()[..., None].squeeze(-1),
     "split and joined": lambda x: torch.cat([part * (i + 1.0) for i, part in enumerate(x.chunk(2, -1))], dim=-1),
@@ -149,10 +151,17 @@ FUNCTIONS = {
     "nothing left": lambda x: x - x,
     "filled": lambda x: x.masked_fill(MASK == 0, -5.0),
     "chosen": lambda x: torch.where(MASK > 0, x, torch.zeros((), dtype=F64)),
-    "mixed": lambda x: torch.matmul(WEIGHTS, x),
     "addmm": lambda x: torch.addmm(WEIGHTS[0, :, :1].T.expand(3, 3), x[0], WEIGHTS[1].new_ones(4, 3), alpha=2.0),
     "expanded": lambda x: x[:, None].expand(2, 2, 3, 4).sum(-1),
 }  # fmt: skip
+OVER_POSITIONS = {
+    "pooling": lambda x: x[0].mean(0),
+    "pooling kept": lambda x: torch.mean(x, dim=(0, 2), keepdim=True),
+    "everything": lambda x: x.sum(),
+    "masked pooling": lambda x: torch.sum(x * MASK, (0, 1)) / MASK.sum().clamp(min=1e-9),
+    "mixed": lambda x: torch.matmul(WEIGHTS[:1], x[:1]),
+    "mixed by a vector": lambda x: WEIGHTS[0, 0] @ x[1],
+}
 MASK = torch.tensor([[1.0, 1, 0], [1, 1, 1]], dtype=F64)[..., None]
 WEIGHTS = draw(2, 3, 3, seed=8).softmax(-1)
 
@@ -164,6 +173,16 @@ def test_linear_functions_equal_the_dense_covariance(name):
     assert torch.equal(mean_of(out), function(mean_of(x)))
     assert variance_of(out).shape == mean_of(out).shape
     assert torch.allclose(variance_of(out).reshape(-1), jacobian_rule(function, x), rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", OVER_POSITIONS)
+def test_sums_over_positions_count_as_shared(name):
+    """Exact for entries that are fully correlated over positions."""
+    function, x = OVER_POSITIONS[name], uncertain(2, 3, 4)
+    out = function(x)
+    assert torch.equal(mean_of(out), function(mean_of(x)))
+    assert variance_of(out).shape == mean_of(out).shape
+    assert torch.allclose(variance_of(out).reshape(-1), jacobian_rule(function, x, shared=True), rtol=1e-12)
 
 
 def test_sums_and_products_of_independent_tensors():
@@ -219,22 +238,36 @@ def test_activation_modules_equal_quadrature_for_small_variances(name):
     assert torch.allclose(variance_of(run(module, x)), quadrature(module, x), rtol=1e-4, atol=1e-15)
 
 
-def test_norms_scale_by_the_mean():
-    x = uncertain(2, 3, 6)
-    mean, variance = mean_of(x), variance_of(x)
-    weight, bias = draw(6, seed=4), draw(6, seed=5)
-    found = variance_of(F.layer_norm(x, (6,), weight, bias, 1e-3))
-    assert torch.allclose(found, variance * weight**2 / (mean.var(-1, correction=0, keepdim=True) + 1e-3))
-    rms = mean.square().mean(-1, keepdim=True) + 1e-3
-    assert torch.allclose(variance_of(F.rms_norm(x, (6,), weight, 1e-3)), variance * weight**2 / rms)
-    for norm, gain in ((LlamaRMSNorm(6, 1e-3), weight), (GemmaRMSNorm(6, 1e-3), 1 + weight)):
-        norm.weight.data = weight.clone()
-        assert torch.allclose(variance_of(run(norm.double(), x)), variance * gain**2 / rms)
+def norms():
+    llama, gemma = LlamaRMSNorm(6, 1e-3), GemmaRMSNorm(6, 1e-3)
+    llama.weight.data, gemma.weight.data = draw(6, seed=4), draw(6, seed=4)
+    return {
+        "layer": lambda x: F.layer_norm(x, (6,), draw(6, seed=4), draw(6, seed=5), 1e-3),
+        "layer over two": lambda x: F.layer_norm(x, (3, 6), None, None, 1e-3),
+        "rms": lambda x: F.rms_norm(x, (6,), draw(6, seed=4), 1e-3),
+        "rms over two": lambda x: F.rms_norm(x, (3, 6), None, 1e-3),
+        "llama": llama.double(),
+        "gemma": gemma.double(),
+    }
+
+
+@pytest.mark.parametrize("name", ["layer", "layer over two", "rms", "rms over two", "llama", "gemma"])
+def test_norms_equal_the_dense_delta_method(name):
+    norm, x = norms()[name], uncertain(2, 3, 6)
+    found = variance_of(run(norm, x) if isinstance(norm, nn.Module) else norm(x)).reshape(-1)
+    # transformers' norms work in float32 inside
+    assert torch.allclose(found, jacobian_rule(norm, x), rtol=1e-5 if isinstance(norm, nn.Module) else 1e-10)
+
+
+def test_norms_of_one_uncertain_direction_are_not_negative():
+    """Along the mean itself a norm takes all variance away: what is left is rounding."""
+    x = with_variance(torch.tensor([[3.0, 0, 0]], dtype=F64), torch.tensor([[1.0, 0, 0]], dtype=F64))
+    found = variance_of(F.rms_norm(x, (3,), None, 0.0))
+    assert bool((found >= 0).all()) and bool((found < 1e-15).all())
 
 
 @pytest.mark.parametrize("kind", ["layer", "rms"])
 def test_norms_of_wide_layers_equal_samples(kind):
-    """What the rule leaves out, the scale's own variance, falls as 1 / width."""
     x, n = with_variance(draw(2000), 1e-3 * draw(2000, seed=1, positive=True)), 4000
 
     def norm(t):
@@ -267,6 +300,15 @@ def masks():
     }
 
 
+def shared_attention(attend, values):
+    """The delta method for values that are fully correlated over positions: (J sqrt(v))^2, channel by channel."""
+    total = 0
+    for channel in range(values.shape[-1]):
+        spread = variance_of(values).sqrt() * (torch.arange(values.shape[-1]) == channel)
+        total = total + torch.autograd.functional.jvp(attend, mean_of(values), spread)[1].square()
+    return total.reshape(-1)
+
+
 @pytest.mark.parametrize("name", ["none", "causal", "boolean", "added", "scaled"])
 def test_attention_equals_the_dense_covariance(name, monkeypatch):
     q, k, v = attention_case()
@@ -276,10 +318,20 @@ def test_attention_equals_the_dense_covariance(name, monkeypatch):
 
     out = attend(v)
     assert torch.equal(mean_of(out), attend(mean_of(v)))
-    expected = jacobian_rule(attend, v)
+    expected = shared_attention(attend, v)
     assert torch.allclose(variance_of(out).reshape(-1), expected, rtol=1e-12, atol=1e-15)
-    monkeypatch.setattr(moments, "_BLOCK", 40)  # two queries at a time
+    monkeypatch.setattr(moments, "BLOCK", 40)  # two queries at a time
     assert torch.allclose(variance_of(attend(v)).reshape(-1), expected, rtol=1e-12, atol=1e-15)
+
+
+def test_long_causal_attention_equals_the_dense_covariance():
+    """In blocks that leave out later keys."""
+    q, k, v = draw(1, 2, 70, 3), draw(1, 2, 70, 3, seed=1), uncertain(1, 2, 70, 4, seed=2)
+
+    def attend(values):
+        return F.scaled_dot_product_attention(q, k, values, is_causal=True)
+
+    assert torch.allclose(variance_of(attend(v)).reshape(-1), shared_attention(attend, v), rtol=1e-10)
 
 
 def test_grouped_attention_equals_the_dense_covariance():
@@ -288,7 +340,7 @@ def test_grouped_attention_equals_the_dense_covariance():
     def attend(values):
         return F.scaled_dot_product_attention(q, k, values, is_causal=True, enable_gqa=True)
 
-    assert torch.allclose(variance_of(attend(v)).reshape(-1), jacobian_rule(attend, v), rtol=1e-12)
+    assert torch.allclose(variance_of(attend(v)).reshape(-1), shared_attention(attend, v), rtol=1e-12)
 
 
 def test_queries_and_keys_count_as_known():

@@ -1,7 +1,8 @@
 """Moment rules by torch function: rule(result, *arguments) gives the variance of the result.
 
 Arguments are as the function got them, with `MomentTensor`s among them; the result is the plain mean. Sums take their
-terms as independent, products their factors.
+terms as independent, products their factors; sums over anything but the last dimension, over positions that is, their
+terms as shared.
 """
 
 from typing import Any
@@ -22,7 +23,20 @@ from .moments import (
     silu_slope,
     variance_dtype,
 )
-from .tensor import DROPS, EAGER, FIRST, FUNCTION_RULES, MomentTensor, lifted, mean_of, refuse, strip, variance_of
+from .positions import position_mixer, summed_over_positions
+from .tensor import (
+    DROPS,
+    EAGER,
+    FIRST,
+    FUNCTION_RULES,
+    SAME_PLACE,
+    MomentTensor,
+    lifted,
+    mean_of,
+    refuse,
+    strip,
+    variance_of,
+)
 
 
 def _register(rule: Any, *functions: Any) -> None:
@@ -44,6 +58,9 @@ _register(
     *(torch.Tensor.half, torch.Tensor.bfloat16, torch.Tensor.cpu, torch.Tensor.cuda),
     *(torch.neg, torch.Tensor.neg, torch.Tensor.__neg__),
 )
+
+
+SAME_PLACE.update(FUNCTION_RULES)
 
 
 def _moved(function: Any) -> Any:
@@ -69,6 +86,7 @@ for _name in _MOVING:
 _register(_moved(torch.Tensor.reshape), torch.Tensor.view)
 _register(_moved(torch.Tensor.reshape_as), torch.Tensor.view_as, torch.Tensor.reshape_as)
 _register(_carried, torch.Tensor.data.__get__)  # type: ignore[attr-defined]
+SAME_PLACE.add(torch.Tensor.data.__get__)  # type: ignore[attr-defined]
 for _name in ("T", "mT"):
     _getter = getattr(torch.Tensor, _name).__get__
     _register(_moved(_getter), _getter)
@@ -154,13 +172,19 @@ _register(_multiplied, torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.
 _register(_divided, torch.div, torch.Tensor.div, torch.true_divide, torch.Tensor.__truediv__)
 
 
+def _dims(x: Tensor, dim: Any) -> list[int]:
+    """As a list, not negative; all of them for `None`."""
+    given = range(x.dim()) if dim is None or dim == () or x.dim() == 0 else [dim] if isinstance(dim, int) else dim
+    return [d % x.dim() for d in given]
+
+
 def _summed(out: Tensor, x: MomentTensor, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Tensor:
-    return x.moment_variance.sum(dim=dim, keepdim=keepdim)
+    return summed_over_positions(x.moment_variance, _dims(x, dim), keepdim)
 
 
 def _averaged(out: Tensor, x: MomentTensor, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Tensor:
     count = x.shape.numel() // max(out.numel(), 1)
-    return x.moment_variance.sum(dim=dim, keepdim=keepdim) / count**2
+    return _summed(out, x, dim, keepdim) / count**2
 
 
 _register(_summed, torch.sum, torch.Tensor.sum)
@@ -177,10 +201,13 @@ def _linear(out: Tensor, x: Any, weight: Any, bias: Any = None) -> Tensor:
 
 
 def _matmul(out: Tensor, x: Any, other: Any) -> Tensor:
-    v, w = variance_of(x), variance_of(other)
-    if v is None:
-        assert w is not None
-        return _squared(x, w) @ w
+    if not isinstance(x, MomentTensor):
+        known = x.to(variance_dtype(out))
+        if other.dim() < 2:
+            return known.square() @ other.moment_variance
+        mix = position_mixer(other)
+        return mix(known) if x.dim() > 1 else mix(known[None]).squeeze(-2)
+    v, w = x.moment_variance, variance_of(other)
     if w is None:
         return v @ _squared(other, v)
     return v @ (lifted(other).square() + w) + lifted(x).square() @ w
@@ -255,14 +282,16 @@ def _attention(
 ) -> Tensor:  # fmt: skip
     if dropout_p > 0:
         raise refuse("Dropout of attention weights; call model.eval()")
-    found = variance_of(value)
-    if found is None:  # queries and keys count as known
+    if not isinstance(value, MomentTensor):  # queries and keys count as known
         return torch.zeros(out.shape, dtype=variance_dtype(out), device=out.device)
     query, key = mean_of(query), mean_of(key)
-    if enable_gqa:
-        groups = query.shape[-3] // key.shape[-3]
-        key, found = key.repeat_interleave(groups, -3), found.repeat_interleave(groups, -3)
-    return attention_variance(query, key, found, mean_of(attn_mask), is_causal, scale)
+    groups = query.shape[-3] // key.shape[-3] if enable_gqa else 1
+    if groups > 1:
+        key = key.repeat_interleave(groups, -3)
+    dtype = variance_dtype(mean_of(value))
+    return attention_variance(
+        query.to(dtype), key.to(dtype), position_mixer(value, groups), mean_of(attn_mask), is_causal, scale
+    )
 
 
 _register(_layer_norm, F.layer_norm, torch.layer_norm)

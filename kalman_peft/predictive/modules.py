@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .moments import gelu_slope, gelu_tanh_slope, lora_variance, rms_norm_variance, silu_slope, variance_dtype
+from .positions import LoraWeights, Origin
 from .tensor import EAGER, FUNCTION_RULES, MomentTensor, Rule, lifted, mean_of, strip, variance_of, with_variance
 
 
@@ -83,6 +84,8 @@ def attach(module: nn.Module, rule: Rule, always: bool = False) -> list[Removabl
             found = rule(module, out, *given, **named)
             return type(out)(with_variance(mean, v) for mean, v in zip(out, found, strict=True))
         result = with_variance(out, lambda: rule(module, out, *given, **named))
+        if isinstance(rule, LoraRule):
+            result._origin = rule.origin(module, out, *given, **named)
         if rule in EAGER:
             result.moment_variance  # noqa: B018 - worked out now
         return result
@@ -93,30 +96,36 @@ def attach(module: nn.Module, rule: Rule, always: bool = False) -> list[Removabl
     ]
 
 
-def lora_rule(adapter_name: str, variances: tuple[Tensor, Tensor]) -> Callable[..., Tensor]:
+class LoraRule:
     """The rule of one LoRA layer, W x + s B A x with uncertain A and B.
 
     Args:
         adapter_name (`str`): Of the adapter that is uncertain.
         variances (`tuple[Tensor, Tensor]`): Of A (r, d_in) and B (d_out, r).
-
-    Returns:
-        `Callable`: A rule for that layer.
     """
-    cast: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
 
-    def rule(module: Any, out: Tensor, x: Any) -> Tensor:
-        variance = variance_of(x)
-        like = mean_of(x).to(variance_dtype(out))
-        a, b = (side[adapter_name].weight.to(like) for side in (module.lora_A, module.lora_B))
-        place = (like.dtype, like.device)
-        if place not in cast:
-            cast[place] = (variances[0].to(like), variances[1].to(like))
-        return lora_variance(
-            like, variance, _base_weight(module, variance), (a, b), cast[place], module.scaling[adapter_name]
-        )
+    def __init__(self, adapter_name: str, variances: tuple[Tensor, Tensor]):
+        self.adapter_name, self.variances = adapter_name, variances
+        self._cast: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
 
-    return rule
+    def __call__(self, module: Any, out: Tensor, x: Any) -> Tensor:
+        """See [`register_rule`]."""
+        known = self.weights(module, out, x)
+        mean, variance = mean_of(x).to(variance_dtype(out)), variance_of(x)
+        return lora_variance(mean, variance, known.weight(), known.factors, known.factor_variances, known.scaling)
+
+    def origin(self, module: Any, out: Tensor, x: Any) -> Origin:
+        """Where the layer's result comes from."""
+        return Origin(lambda: self.weights(module, out, x), x)
+
+    def weights(self, module: Any, out: Tensor, x: Any) -> LoraWeights:
+        """Means and variances of the layer's weights, in the dtype of the result's variance."""
+        place = (variance_dtype(out), out.device)
+        a, b = (side[self.adapter_name].weight.to(place[1], place[0]) for side in (module.lora_A, module.lora_B))
+        if place not in self._cast:
+            self._cast[place] = (self.variances[0].to(place[1], place[0]), self.variances[1].to(place[1], place[0]))
+        scaling = module.scaling[self.adapter_name]
+        return LoraWeights((a, b), self._cast[place], scaling, lambda: _base_weight(module, variance_of(x)))
 
 
 def _base_weight(module: Any, variance: Tensor | None) -> Tensor:

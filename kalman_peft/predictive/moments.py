@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 
-_BLOCK = 2**24  # entries of a squared weight, or of attention weights, that are held at once
+BLOCK = 2**24  # entries of a squared weight, of attention weights or of mixed inputs, that are held at once
 
 
 def variance_dtype(mean: Tensor) -> torch.dtype:
@@ -80,7 +80,10 @@ def product_variance(x: Tensor, x_variance: Tensor, y: Tensor, y_variance: Tenso
 def layer_norm_variance(
     x: Tensor, variance: Tensor, width: int, weight: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
-    """v gamma^2 / (Var x + eps): the normalisation is taken at the mean.
+    """Delta method: the diagonal of J diag(v) J^T, in O(n).
+
+    With u = (x - mean x) / sigma and sigma^2 = Var x + eps it is
+    gamma_i^2 / sigma^2 [v_i (1 - 2 (1 + u_i^2) / n) + sum_j (1 + u_i u_j)^2 v_j / n^2].
 
     Args:
         x (`Tensor`): Mean, (..., *shape).
@@ -92,34 +95,51 @@ def layer_norm_variance(
     Returns:
         `Tensor`: As `variance`.
     """
-    gain = 1 / (x.var(tuple(range(-width, 0)), correction=0, keepdim=True) + eps)
-    return variance * (gain if weight is None else gain * weight.to(variance).square())
+    dims = tuple(range(-width, 0))
+    gain = 1 / (x.var(dims, correction=0, keepdim=True) + eps)
+    unit = (x - x.mean(dims, keepdim=True)) * gain.sqrt()
+    n = math.prod(x.shape[-width:])
+    tilted = unit * variance
+    others = variance.sum(dims, True) + unit * (2 * tilted.sum(dims, True) + unit * (unit * tilted).sum(dims, True))
+    own = variance * (1 - 2 * (1 + unit.square()) / n)
+    return _scaled((own + others / n**2).clamp(min=0) * gain, weight)
 
 
 def rms_norm_variance(
     x: Tensor, variance: Tensor, width: int, weight: Tensor | None = None, eps: float = 1e-6
 ) -> Tensor:
-    """v gamma^2 / (mean x^2 + eps), see `layer_norm_variance`."""
-    gain = 1 / (x.square().mean(tuple(range(-width, 0)), keepdim=True) + eps)
-    return variance * (gain if weight is None else gain * weight.to(variance).square())
+    """Delta method, see `layer_norm_variance`: with u = x / sigma and sigma^2 = mean x^2 + eps,
+    gamma_i^2 / sigma^2 [v_i (1 - 2 u_i^2 / n) + u_i^2 sum_j u_j^2 v_j / n^2].
+    """
+    dims = tuple(range(-width, 0))
+    gain = 1 / (x.square().mean(dims, keepdim=True) + eps)
+    power = x.square() * gain
+    n = math.prod(x.shape[-width:])
+    own = variance * (1 - 2 * power / n)
+    return _scaled((own + power * (power * variance).sum(dims, True) / n**2).clamp(min=0) * gain, weight)
+
+
+def _scaled(variance: Tensor, weight: Tensor | None) -> Tensor:
+    return variance if weight is None else variance * weight.to(variance).square()
 
 
 def attention_variance(
     query: Tensor,
     key: Tensor,
-    value_variance: Tensor,
+    mix: Callable[[Tensor], Tensor],
     mask: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    """Variance of sum_s a_ts v_s for known attention weights a = softmax(q k^T scale + mask): sum_s a_ts^2 Var v_s.
+    """Variance of sum_s a_ts v_s for known attention weights a = softmax(q k^T scale + mask).
 
     A block of queries at a time, so that no more than a block of attention weights exists at once.
 
     Args:
-        query (`Tensor`): (..., T, d).
+        query (`Tensor`): (..., T, d), in the dtype of the variances.
         key (`Tensor`): (..., S, d), the same leading dimensions.
-        value_variance (`Tensor`): (..., S, e).
+        mix (`Callable`):
+            From weights a (..., t, s) of the first s keys to the variance (..., t, e); see `position_mixer`.
         mask (`Tensor`, *optional*): Added to the scores, or true where attended; broadcasts to (..., T, S).
         is_causal (`bool`, *optional*, defaults to `False`): Query t sees keys up to t.
         scale (`float`, *optional*): 1 / sqrt(d) by default.
@@ -127,21 +147,24 @@ def attention_variance(
     Returns:
         `Tensor`: (..., T, e). Queries that see nothing get zero.
     """
-    query, key = query.to(value_variance), key.to(value_variance)
     length, width = query.shape[-2], key.shape[-2]
     factor = query.shape[-1] ** -0.5 if scale is None else scale
-    rows = max(1, _BLOCK // (width * math.prod(query.shape[:-2])))
+    rows = max(1, BLOCK // (width * math.prod(query.shape[:-2])))
+    if is_causal:  # in blocks, so that later keys are not even multiplied by zero
+        rows = min(rows, max(32, -(-length // 8)))
     blocks = []
     for start in range(0, length, rows):
         span = slice(start, min(start + rows, length))
-        scores = (query[..., span, :] @ key.mT) * factor
+        keys = slice(0, min(span.stop, width) if is_causal else width)
+        scores = (query[..., span, :] @ key[..., keys, :].mT) * factor
         if is_causal:
             seen = torch.arange(width, device=key.device) <= torch.arange(length, device=key.device)[span, None]
-            scores = scores.masked_fill(~seen, -torch.inf)
+            scores = scores.masked_fill(~seen[:, keys], -torch.inf)
         if mask is not None:
             part = mask if mask.shape[-2] == 1 else mask[..., span, :]
+            part = part if part.shape[-1] == 1 else part[..., keys]
             scores = scores.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else scores + part.to(scores)
-        blocks.append(scores.softmax(-1).nan_to_num(0.0).square() @ value_variance)
+        blocks.append(mix(scores.softmax(-1).nan_to_num(0.0)))
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, -2)
 
 
@@ -182,7 +205,7 @@ def probit_probabilities(logits: Tensor, variance: Tensor) -> Tensor:
 
 def _squared_linear(variance: Tensor, d_out: int, rows_of: Callable[[slice], Tensor]) -> Tensor:
     """v (M^2)^T, for M given by rows; of the square only a block exists at once."""
-    rows = max(1, _BLOCK // variance.shape[-1])
+    rows = max(1, BLOCK // variance.shape[-1])
     parts = [
         nn.functional.linear(variance, rows_of(slice(start, start + rows)).square()) for start in range(0, d_out, rows)
     ]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..adapters import AdapterState
 from ..belief import Belief
 from . import functions as functions  # registers the rules of torch's functions
-from .modules import attach, lora_rule, rules_in
+from .modules import LoraRule, attach, rules_in
 from .tensor import MODULE_NAMES, MomentTensor, NoMomentRule, mean_of, strip
 from .variances import weight_variances
 
@@ -40,9 +40,11 @@ def streamlined(
     ```
 
     The adapter takes the belief's mean, and the logits are bit for bit those of that network. The variance of the
-    weights is the diagonal of the belief's covariance (see [`weight_variances`]); entries of hidden states count as
-    independent, attention weights and the scales of norms as known. Positions count as independent too, although they
-    share the adapter's weights: where attention averages over many, the variance comes out too small.
+    weights is the diagonal of the belief's covariance (see [`weight_variances`]). Channels of hidden states count as
+    independent, and so do the two sides of a residual sum and the places of a convolution; attention weights count as
+    known, also where queries and keys are adapted. Positions share the adapter's weights: LoRA on the values is exact,
+    and what was uncertain before it is correlated over positions as far as the layer's inputs are alike; other
+    sums over positions (pooling) count as fully correlated.
 
     Besides the logits, `last_hidden_state` and `pooler_output` get a variance; other fields are means. The loss is
     that of the mean. Variances are differentiable; call backward within the context where the adapter's own weights
@@ -82,7 +84,7 @@ def streamlined(
         if moved:
             state.load(belief.mean)
         for pair in state:
-            rule = lora_rule(state.adapter_name, (found[pair.key_a], found[pair.key_b]))
+            rule = LoraRule(state.adapter_name, (found[pair.key_a], found[pair.key_b]))
             handles += attach(state.model.get_submodule(pair.name), rule, always=True)
         for module, rule in rules_in(base).items():
             handles += attach(module, rule)

@@ -22,6 +22,7 @@ DROPS: set[Any] = set()  # functions whose results count as known
 # Functions whose rule runs at once. Between two of them lie a block's intermediate results, and no more are kept.
 EAGER: set[Any] = set()
 FIRST: set[Any] = set()  # functions of which only the first argument is content, others say where it goes
+SAME_PLACE: set[Any] = set()  # of those, the ones that leave every entry where it is
 MODULE_NAMES: ContextVar[Mapping[nn.Module, str] | None] = ContextVar("MODULE_NAMES", default=None)
 
 
@@ -37,6 +38,7 @@ class MomentTensor(Tensor):
 
     _mean: Tensor
     _variance: Tensor | Callable[[], Tensor]
+    _origin: Any  # see `positions.Origin`
 
     @property
     def moment_variance(self) -> Tensor:
@@ -72,9 +74,24 @@ class MomentTensor(Tensor):
             result = with_variance(out, lambda: rule(out, *args, **kwargs))
             if func in EAGER:
                 result.moment_variance  # noqa: B018 - worked out now
+            result._origin = _moved_origin(func, rule, args, kwargs)
             return result
         shared = _Once(lambda: rule(out, *args, **kwargs))
-        return type(out)(with_variance(o, lambda i=i: shared()[i]) for i, o in enumerate(out))
+        parts = [with_variance(o, lambda i=i: shared()[i]) for i, o in enumerate(out)]
+        for i, part in enumerate(parts):
+            part._origin = _moved_origin(func, rule, args, kwargs, i)
+        return type(out)(parts)
+
+
+def _moved_origin(func: Any, rule: Rule, args: tuple, kwargs: dict[str, Any], part: int | None = None) -> Any:
+    """Where the result came from, if `func` only moved entries."""
+    origin = args[0]._origin if func in FIRST else None
+    if origin is None or func in SAME_PLACE:
+        return origin
+    rest, named = strip(args[1:]), strip(kwargs)
+    if part is None:
+        return origin.moved(lambda x: rule(None, x, *rest, **named))
+    return origin.moved(lambda x: rule(None, x, *rest, **named)[part])
 
 
 class _Once:
@@ -102,7 +119,7 @@ def with_variance(mean: Tensor, variance: Tensor | Callable[[], Tensor]) -> Mome
     """
     with torch._C.DisableTorchFunctionSubclass():
         result = mean.as_subclass(MomentTensor)
-    result._mean, result._variance = mean, variance
+    result._mean, result._variance, result._origin = mean, variance, None
     return result
 
 
