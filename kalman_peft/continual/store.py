@@ -19,7 +19,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from transformers.utils import logging
 from ..belief import BELIEF_CONFIG, BELIEF_WEIGHTS, BeliefError, write_atomically
 from ..distributed import from_first
 from ..filtering.records import TASK_RECORD
-from .files import ADAPTER, ADAPTER_CONFIG, damaged, discard, is_first, read_json, write_json
+from .files import ADAPTER, ADAPTER_CONFIG, damaged, discard, read_json, write_json
 
 
 logger = logging.get_logger(__name__)
@@ -130,24 +130,19 @@ class Store:
         Raises:
             ValueError: One does, or has.
         """
-        lock = self._lock()
 
         def take() -> None:
-            lock.__enter__()
+            held.enter_context(self._lock())
             _, entries, start = read_learner(self.folder)
             if (entries, start) != (self.entries, self.start):
-                lock.__exit__(None, None, None)
                 raise ValueError(
                     f"{self.folder} has changed since this learner was opened: another one has learnt there. Open it "
                     "anew, and learn with one learner at a time."
                 )
 
-        from_first(take)
-        try:
+        with ExitStack() as held:
+            from_first(take)
             yield
-        finally:
-            if is_first():
-                lock.__exit__(None, None, None)
 
     @contextmanager
     def _lock(self) -> Iterator[None]:

@@ -154,10 +154,10 @@ def interpolate(
         motion = records[last].transition if transition is None else transition
         return predict(records[last].belief, motion.part(position - last), start)
     t = math.floor(position)
-    if t == position:
-        return smooth(records[t:], start=start, rank=_rank(records) if rank is None else rank,
-                      keep_discarded=keep_discarded)[0]  # fmt: skip
     rank = _rank(records) if rank is None else rank
+    if t == position:
+        backwards = smooth_each(records[t:], start=start, rank=rank, keep_discarded=keep_discarded)
+        return _last(backwards)[1]
     step = records[t + 1].transition
     before, after = step.part(position - t), step.part(1 - (position - t))
     here = predict(records[t].belief, before, start)
@@ -266,8 +266,9 @@ def _check(record: TaskRecord, later: TaskRecord | None) -> None:
 
 
 def _rank(records: Sequence[TaskRecord]) -> int | None:
-    ranks = [r.belief.precision.rank for r in records if isinstance(r.belief.precision, LowRankPrecision)]
-    return max(ranks) if ranks else None
+    if not isinstance(records[0].belief.precision, LowRankPrecision):  # all are of one structure; reading takes time
+        return None
+    return max(r.belief.precision.rank for r in records if isinstance(r.belief.precision, LowRankPrecision))
 
 
 def _smoothed(

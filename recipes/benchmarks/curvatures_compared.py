@@ -10,7 +10,6 @@ strength, warmup_steps, refit_steps, fisher, rank, ... Runs that are in the outp
     python recipes/benchmarks/curvatures_compared.py --runs plain kronecker/delta_w kronecker/adapter:warmup_steps=8
 """
 
-import ast
 import json
 import sys
 import time
@@ -34,6 +33,7 @@ from recipe_tools.evaluate import kl_from_base, text_loss
 from recipe_tools.offline import load_smollm2
 from recipe_tools.report import write_json
 from recipe_tools.sources import load_sources
+from recipe_tools.spelling import parse_options
 from recipe_tools.targets import load_target
 
 
@@ -73,17 +73,9 @@ def config_options(name: str) -> dict[str, Any]:
         return {}
     head, _, rest = name.partition(":")
     structure, _, space = head.partition("/")
-    pairs = dict(part.split("=") for part in rest.split(",") if part)
     return {"laplace_structure": structure, "laplace_space": space} | {
-        f"laplace_{key}": _literal(value) for key, value in pairs.items()
+        f"laplace_{key}": value for key, value in parse_options(rest).items()
     }
-
-
-def _literal(value: str) -> Any:
-    try:
-        return ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return value
 
 
 class Bench:

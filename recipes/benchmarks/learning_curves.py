@@ -7,7 +7,6 @@ every run, and runs that are there already are not repeated.
     python recipes/benchmarks/learning_curves.py --runs loko adamw:5e-4 adamw:1e-3 adamw:2e-3 adamw:4e-3
 """
 
-import ast
 import json
 import sys
 import time
@@ -30,6 +29,7 @@ from recipe_tools.evaluate import text_loss
 from recipe_tools.offline import load_smollm2
 from recipe_tools.plots import Curve, plot_curves
 from recipe_tools.report import write_json
+from recipe_tools.spelling import parse_options
 from recipe_tools.targets import load_target
 
 
@@ -59,16 +59,8 @@ def make_optimizer(name: str, model: Any, seed: int) -> torch.optim.Optimizer:
     if kind == "adamw":
         return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=float(rest), weight_decay=0.0)
     if kind == "loko":
-        pairs = (part.split("=") for part in rest.split(",") if part)
-        return create_loko_optimizer(model, seed=seed, **{key: _literal(value) for key, value in pairs})
+        return create_loko_optimizer(model, seed=seed, **parse_options(rest))
     raise ValueError(f"Run {name!r} is neither 'adamw:RATE' nor 'loko:OPTION=VALUE,...'.")
-
-
-def _literal(value: str) -> Any:
-    try:
-        return ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return value  # a name, such as that of a memory
 
 
 def run(name: str, options: Options) -> dict[str, list[float]]:

@@ -37,10 +37,11 @@ from online_classification import Runner, make_stream
 from recipe_tools.encoding import tokenize_supervised
 from recipe_tools.evaluate import text_loss
 from recipe_tools.offline import minilm_checkpoint, smollm2_checkpoint
-from recipe_tools.prequential import parse_options, summarise
+from recipe_tools.prequential import summarise
 from recipe_tools.report import write_json
 from recipe_tools.rows import head
 from recipe_tools.runs import file_name, read_run, short_name
+from recipe_tools.spelling import parse_options
 from recipe_tools.targets import load_target
 
 

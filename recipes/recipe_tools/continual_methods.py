@@ -33,7 +33,7 @@ from kalman_peft.filtering import belief_figures, increment_of, transition_figur
 from kalman_peft.laplace import add_penalty_gradient
 
 from .image_tasks import Batch, ImageTask, accuracy, batches, joined
-from .spelling import spelt
+from .spelling import spelt, split_options
 
 
 KINDS = ("sequential", "l2", "ewc", "filter", "replay", "separate", "joint")
@@ -96,10 +96,11 @@ class Method:
             raise ValueError(f"{text!r}: expected one of {list(KINDS)}, with options after a colon.")
         types = {f.name: f.type for f in fields(cls)}
         given: dict[str, Any] = {}
-        for pair in filter(None, rest.split(",")):
-            name, _, value = pair.partition("=")
-            if name in given:
-                raise ValueError(f"{text!r}: {name} is given twice.")
+        try:
+            pairs = split_options(rest)
+        except ValueError as error:
+            raise ValueError(f"{text!r}: {error}.") from error
+        for name, value in pairs.items():
             if name not in USED.get(kind, set()):
                 raise ValueError(f"{text!r}: {kind} has no option {name!r}; it has {sorted(USED.get(kind, set()))}.")
             try:

@@ -6,7 +6,6 @@ the optimizer's step, and the step uses the same logits' graph.
 
 from __future__ import annotations
 
-import ast
 import math
 import statistics
 import time
@@ -21,7 +20,7 @@ from tqdm.auto import tqdm
 
 from kalman_peft import CategoricalObservation, create_loko_optimizer
 
-from .spelling import spelt
+from .spelling import parse_options, spelt
 
 
 RATED = {"adamw": torch.optim.AdamW, "adagrad": torch.optim.Adagrad, "sgd": torch.optim.SGD}
@@ -71,22 +70,6 @@ class Learner:
         """What a filter says of its last step; empty for other optimizers."""
         found = getattr(self.optimizer, "diagnostics", {})
         return {key: float(found[key]) for key in DIAGNOSTICS if key in found}
-
-
-def parse_options(text: str) -> dict[str, Any]:
-    """Read "OPTION=VALUE,..."; values are Python literals, or names as they stand."""
-    options = {}
-    for part in filter(None, text.split(",")):
-        key, equals, value = part.partition("=")
-        if not (key and equals and value):
-            raise ValueError(f"{part!r} in {text!r} is not OPTION=VALUE.")
-        if key in options:
-            raise ValueError(f"{key} is given twice in {text!r}.")
-        try:
-            options[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            options[key] = value  # a name, such as that of a memory
-    return options
 
 
 def canonical(method: str) -> str:

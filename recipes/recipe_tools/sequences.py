@@ -20,8 +20,7 @@ from torch import Tensor
 
 from kalman_peft import AdapterState, Belief, ContinualLearner, KalmanConfig, KalmanTrainer, initial_belief
 
-from .prequential import parse_options
-from .spelling import spelt
+from .spelling import parse_options, spelt
 
 
 # Kinds and their options with defaults; the first option of a kind is always part of the method's name. A rate `lr` of

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..spelling import spelt
+from ..spelling import spelt, split_options
 
 
 @dataclass(frozen=True)
@@ -132,14 +132,9 @@ def read_options(kind: Kind, text: str) -> Options:
         ValueError: An unknown option, one given twice or out of range, or options that do not go together.
     """
     given: Options = {}
-    for part in filter(None, text.split(",")):
-        name, equals, value = part.partition("=")
-        if not (name and equals and value):
-            raise ValueError(f"{part!r} is not OPTION=VALUE")
+    for name, value in split_options(text).items():
         if name not in kind.options:
             raise ValueError(f"there is no option {name!r}; there are {', '.join(kind.options) or 'none'}")
-        if name in given:
-            raise ValueError(f"{name} is given twice")
         option = kind.options[name]
         try:
             given[name] = option.read(_literal(value) if isinstance(option, Number) else value)
