@@ -93,10 +93,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     runner = Runner(scenarios, folder, o.threads or max(all_cores() // o.processes, 1))
     todo = runner.missing()  # refuses files of other settings before anything is run
     failed: dict[Run, str] = {}
-    if not o.report:
+    tried: dict[Run, None] = {}
+    while todo and not o.report:
         if o.processes > 1:
             runner.prepare(todo)
-        failed = run_all(runner, todo, o.processes)
+        failed |= run_all(runner, todo, o.processes)
+        tried |= dict.fromkeys(todo)
+        todo = [run for run in runner.missing() if run not in tried]  # what tuning has chosen
     summaries = {}
     for name, scenario in scenarios.items():
         summaries[name] = summarise(scenario, lambda setting, seed, name=name: runner.stored(name, setting, seed))
@@ -105,7 +108,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     for run, error in failed.items():
         console.print(f"failed: {run}\n{error}", markup=False, highlight=False)
     if failed:
-        console.print(f"{len(failed)} of {len(todo)} runs failed; the same command tries them again.")
+        console.print(f"{len(failed)} of {len(tried)} runs failed; the same command tries them again.")
         raise SystemExit(1)
     return summaries
 

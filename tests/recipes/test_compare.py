@@ -4,6 +4,7 @@ import json
 import random
 import re
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from recipe_tools.comparison.pool import run_all
 from recipe_tools.comparison.report import write_report
 from recipe_tools.comparison.runner import Run, Runner
 from recipe_tools.comparison.scenario import Scenario, expand, load_scenarios
-from recipe_tools.comparison.summary import figures_of, summarise
+from recipe_tools.comparison.summary import figures_of, report_settings, summarise
 
 from . import fake_methods
 
@@ -148,6 +149,23 @@ def test_a_killed_grid_goes_on(arguments, tmp_path, fake, monkeypatch):
     assert len(done) == len(set(done)) == 6 and not whole["missing"] and len(whole["settings"]) == 4
 
 
+def test_seeds_of_the_report_run_what_tuning_chose(arguments, tmp_path, fake, monkeypatch):
+    done, train = [], fake.train
+    monkeypatch.setattr(fake, "train", lambda method, job: done.append((method, job.seed)) or train(method, job))
+    given = arguments(methods=[{"lora": {"lr": [0.05, 0.2]}}, {"wise": {"alpha": "0.1/0.3"}}], tune_seeds=[9], points=1)
+    result = recipe.main(given)["tiny"]
+    chosen = {name: family["tuned"] for name, family in result["families"].items()}
+    assert done[:3] == [("lora:lr=0.05", 9), ("lora:lr=0.2", 9), ("wise:alpha=0.1/0.3", 9)] and not result["missing"]
+    assert done[3:] == [(method, seed) for seed in (0, 1) for method in (chosen["lora"], "wise:alpha=0.1/0.3")]
+    assert list(result["settings"]) == list(chosen.values())  # the other of wise is there, and not reported
+    assert all(family["settings"] == [family["tuned"]] for family in result["families"].values())
+    # Without all runs of tuning nothing can be chosen.
+    (tmp_path / "out" / "tiny" / "runs" / "lora_lr=0.2-s9.json").unlink()
+    partial = recipe.main([*given, "--report"])["tiny"]
+    assert partial["missing"] == {"lora:lr=0.2": [9]} and list(partial["families"]) == ["wise"]
+    assert recipe.main(given)["tiny"] == result and len(done) == 8
+
+
 def test_a_run_that_fails_leaves_the_others(arguments, tmp_path, fake, capsys):
     with pytest.raises(SystemExit) as exit:
         recipe.main(arguments(methods=["broken", "lora"], seeds=[0]))
@@ -255,6 +273,8 @@ def test_settings_of_several_points_count_each(fake):
         ({"choices": {"hellaswag": 0}}, "at least 1 item"),
         ({"rows": 0}, "rows must be at least 1"),
         ({"trials": 0}, "trials must be at least 1"),
+        ({"points": 0, "tune_seeds": [7]}, "points must be at least 1"),
+        ({"points": 2}, "points chooses settings on tune_seeds, of which there are none"),
         ({"validation_rows": -1}, "must not be negative"),
         ({"source_length": 1}, "source_length must be at least 2"),
         ({"seeds": []}, "at least one entry"),
@@ -438,6 +458,24 @@ def test_the_report_is_what_a_hand_computes(fake, tmp_path, capsys):
     write_report(given, result, tmp_path, recipe.Console(width=250))
     assert "| other | other:lr=1 | – | – |" in (tmp_path / "report.md").read_text()
     assert summarise(given, lambda *_: None)["families"] == {}
+
+
+def test_the_points_that_run_are_those_of_the_largest_hypervolume():
+    given = make(methods=["lora"], tune_seeds=[5, 6], points=3, sources=["wiki", "math"])
+    places = {  # target loss and forgetting, base model (4, 0), corner (4, .5)
+        "best": (3.0, 0.1), "far": (2.8, 0.45), "near": (3.6, 0.0), "dominated": (3.05, 0.12), "beyond": (2.0, 2.0),
+    }  # fmt: skip
+    records = {name: a_record(loss, 1 + rise, 2 + rise) for name, (loss, rise) in places.items()}
+    records["diverged"] = a_record(float("nan"), 1.0, 2.0)
+    # The best adds 1 * .4; then near .4 * .1, and far .2 * .05.
+    assert report_settings(given, list(records), lambda name, _: records[name]) == ["best", "far", "near"]
+    fewer = replace(given, points=2)
+    assert report_settings(fewer, list(records), lambda name, _: records[name]) == ["best", "near"]
+    all_of_them = report_settings(replace(given, points=9), list(records), lambda name, _: records[name])
+    assert all_of_them == list(places)
+    missing = {("best", 6)}
+    assert report_settings(given, list(records), lambda *key: None if key in missing else records[key[0]]) is None
+    assert report_settings(replace(given, points=None), ["a", "b"], lambda *_: None) == ["a", "b"]
 
 
 def test_without_tuning_seeds_the_best_is_chosen_in_hindsight(fake):

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from ..runs import device_name, file_marks, file_name, read_run, short_name
 from .data import ScenarioData
 from .metrics import evaluate
 from .scenario import FREE, SELF, Scenario
+from .summary import report_settings
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,8 @@ class Runner:
     def missing(self) -> list[Run]:
         """Runs of which a file is not there: tuning first, and a seed after the other.
 
+        Where a scenario chooses settings by tuning (`points`), its other runs are known only after that.
+
         Returns:
             `list[Run]`: None twice.
 
@@ -112,11 +116,15 @@ class Runner:
         found: dict[Run, None] = {}
         for name, scenario in self.scenarios.items():
             families = scenario.families()
+            chosen = {
+                family: report_settings(scenario, list(settings), partial(self.stored, name)) or []
+                for family, settings in families.items()
+            }
             for seed in (*scenario.tune_seeds, *scenario.seeds):
-                for settings in families.values():
-                    for setting, method in settings.items():
+                for family, settings in families.items():
+                    for setting in settings if seed in scenario.tune_seeds else chosen[family]:
                         if self.stored(name, setting, seed) is None:
-                            found[Run(name, method, seed)] = None
+                            found[Run(name, settings[setting], seed)] = None
         return list(found)
 
     def prepare(self, runs: Iterable[Run]) -> None:

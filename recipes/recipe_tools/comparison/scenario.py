@@ -17,7 +17,9 @@ from ..spelling import spelt
 
 SELF = "self"
 # What a run does not depend on: it can be changed without running anything again.
-FREE = ("name", "methods", "seeds", "tune_seeds", "trials", "forgetting", "reference", "worst_rise", "matched")
+FREE = (
+    "name", "methods", "seeds", "tune_seeds", "trials", "points", "forgetting", "reference", "worst_rise", "matched",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Scenario:
         tune_seeds (`list[int]`): On which each family's setting is chosen; none of `seeds`.
         trials (`int`, *optional*): Settings per family; of families with more, this many are drawn. With `tune_seeds`
             all families must have equally many settings.
+        points (`int`, *optional*): Settings per family that run on `seeds`: the chosen one, and those that add most to
+            its hypervolume on `tune_seeds`; by default all.
         steps (`int`): Optimizer steps.
         batch_size (`int`): Sequences per step.
         rows (`int`, *optional*): Training rows; by default as many as the steps take, once.
@@ -72,6 +76,7 @@ class Scenario:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     tune_seeds: list[int] = field(default_factory=list)
     trials: int | None = None
+    points: int | None = None
     steps: int = 50
     batch_size: int = 8
     rows: int | None = None
@@ -100,6 +105,9 @@ class Scenario:
             f"{', '.join(short)} must be at least 2": bool(short),
             "rows must be at least 1": self.rows is not None and self.rows < 1,
             "trials must be at least 1": self.trials is not None and self.trials < 1,
+            "points must be at least 1": self.points is not None and self.points < 1,
+            "points chooses settings on tune_seeds, of which there are none": self.points is not None
+            and not self.tune_seeds,
             "validation_rows and generate_items must not be negative": min(self.validation_rows, self.generate_items)
             < 0,
             "methods, seeds, source and sources need at least one entry": not (

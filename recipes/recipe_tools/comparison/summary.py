@@ -4,6 +4,8 @@
   sources. Learning is the fall of the target loss.
 - A family's tuned setting is the one with the least target loss + forgetting, mean over `tune_seeds`: a nat per token
   counts as much on either side. Without `tune_seeds` it is the best one in hindsight, on the seeds of the report.
+- With `points`, the seeds of the report run only so many settings of a family: the tuned one, and step by step the one
+  that adds most to the hypervolume of means over `tune_seeds`.
 - The hypervolume is the area, in the plane of target loss and forgetting, between a family's front of one seed and the
   reference point (target loss of the base model, `worst_rise`).
 - Forgetting at matched learning: where a family's front reaches a share of the reference family's best learning, seed
@@ -74,12 +76,25 @@ def summarise(scenario: Scenario, lookup: Lookup) -> dict[str, Any]:
     families = {name: list(settings) for name, settings in scenario.families().items()}
     names = dict.fromkeys(setting for settings in families.values() for setting in settings)
     records = {name: {seed: lookup(name, seed) for seed in (*scenario.tune_seeds, *scenario.seeds)} for name in names}
-    missing = {name: [seed for seed, record in found.items() if record is None] for name, found in records.items()}
+    if scenario.points is not None:
+        families = {
+            name: report_settings(scenario, settings, lambda setting, seed: records[setting][seed]) or []
+            for name, settings in families.items()
+        }
+    reported = dict.fromkeys(setting for settings in families.values() for setting in settings)
+    missing = {
+        name: [
+            seed
+            for seed, record in found.items()
+            if record is None and (name in reported or seed in scenario.tune_seeds)
+        ]
+        for name, found in records.items()
+    }
     runs = {
         name: {seed: figures_of(record, scenario.plane) for seed, record in found.items() if record is not None}
         for name, found in records.items()
     }
-    whole = [name for name in names if not set(scenario.seeds) & set(missing[name])]
+    whole = [name for name in reported if not set(scenario.seeds) & set(missing[name])]
     known = next((record for found in records.values() for record in found.values() if record is not None), None)
     base = None if known is None else known["kalman_peft"]["before"]
     result: dict[str, Any] = {
@@ -105,6 +120,66 @@ def summarise(scenario: Scenario, lookup: Lookup) -> dict[str, Any]:
     return result
 
 
+def report_settings(scenario: Scenario, settings: Sequence[str], lookup: Lookup) -> list[str] | None:
+    """Settings of a family that run on the seeds of the report.
+
+    Args:
+        scenario (`Scenario`): See there.
+        settings (`Sequence[str]`): All of the family.
+        lookup (`Callable`): From setting and seed to the record, or `None` where it is not there.
+
+    Returns:
+        `list[str]` or `None`: In the order of `settings`; `None` where runs of tuning are still missing.
+    """
+    if scenario.points is None:
+        return list(settings)
+    records = {setting: {seed: lookup(setting, seed) for seed in scenario.tune_seeds} for setting in settings}
+    runs: dict[str, dict[int, Figures]] = {}
+    start = 0.0
+    for setting, found in records.items():
+        for seed, record in found.items():
+            if record is None:
+                return None
+            runs.setdefault(setting, {})[seed] = figures_of(record, scenario.plane)
+            start = record["kalman_peft"]["before"]["target"]["loss"]
+    found = mean_points(runs, scenario.tune_seeds)
+    return _together(found, scenario.points, (start, scenario.worst_rise))
+
+
+def mean_points(runs: Mapping[str, Mapping[int, Figures]], seeds: Sequence[int]) -> dict[str, Point]:
+    """Mean target loss and forgetting by setting, of those that ran on all seeds and did not diverge.
+
+    Args:
+        runs (`Mapping`): Figures by setting and seed.
+        seeds (`Sequence[int]`): To take the mean over.
+
+    Returns:
+        `dict[str, tuple[float, float]]`: By setting.
+    """
+    found: dict[str, Point] = {}
+    for setting, by_seed in runs.items():
+        if set(seeds) <= by_seed.keys():
+            point = (fmean(by_seed[s]["target_loss"] for s in seeds), fmean(by_seed[s]["forgetting"] for s in seeds))
+            if all(map(math.isfinite, point)):
+                found[setting] = point
+    return found
+
+
+def _least(points: Mapping[str, Point]) -> str | None:
+    """The setting of least target loss + forgetting."""
+    return min(points, key=lambda setting: sum(points[setting])) if points else None
+
+
+def _together(points: Mapping[str, Point], count: int, corner: Point) -> list[str]:
+    """The best setting, then step by step that which adds most to the hypervolume, or else is the next best."""
+    chosen = [setting for setting in [_least(points)] if setting is not None]
+    while len(chosen) < min(count, len(points)):
+        front_so_far = [points[setting] for setting in chosen]
+        rest = [setting for setting in points if setting not in chosen]
+        chosen.append(max(rest, key=lambda s: (hypervolume([*front_so_far, points[s]], corner), -sum(points[s]))))
+    return [setting for setting in points if setting in chosen]
+
+
 def _over_seeds(runs: Sequence[Figures]) -> dict[str, Interval]:
     return {key: interval([run[key] for run in runs]) for key in runs[0]}
 
@@ -123,13 +198,7 @@ class _Family:
     def _tuned(self) -> str | None:
         """The setting of least target loss + forgetting over the seeds of tuning; nothing that diverged."""
         seeds = self.scenario.tune_seeds or self.scenario.seeds
-        scores = {
-            setting: fmean(self.runs[setting][s]["target_loss"] + self.runs[setting][s]["forgetting"] for s in seeds)
-            for setting in self.settings
-            if set(seeds) <= self.runs[setting].keys()
-        }
-        scores = {setting: score for setting, score in scores.items() if math.isfinite(score)}
-        return min(scores, key=lambda setting: scores[setting]) if scores else None
+        return _least(mean_points({setting: self.runs[setting] for setting in self.settings}, seeds))
 
     def points(self, seed: int) -> list[Point]:
         """Target loss and forgetting by setting."""
