@@ -15,6 +15,7 @@ import numpy as np
 from kalman_peft.metrics import backward_transfer, continual_metrics
 from kalman_peft.plots import plot_accuracy_matrix
 
+from .comparison.measures import hypervolume
 from .online_report import interval, show_interval
 from .plots import plot_plane
 
@@ -25,6 +26,7 @@ COLUMNS = (
     ("minus_first", "minus {first}", "+.3f"),
     ("learning_loss", "own adapter on its task", ".3f"),
     ("forgetting", "forgetting", "+.3f"),
+    ("hypervolume", "hypervolume", ".3f"),
     ("forward_transfer", "forward transfer", "+.3f"),
     ("text_rise", "rise of {text} loss", "+.3f"),
     ("text_kl", "KL from base", ".3f"),
@@ -32,9 +34,11 @@ COLUMNS = (
 )
 CAPTION = (
     "Held-out loss in nats per token, ± 95 % over runs (Student's t); differences are paired by seed and order. "
+    "Hypervolume: (loss before any task - own adapter on its task) x (1 - later rise of it), both means over tasks. "
     "Seconds are of the runs that were not interrupted."
 )
 
+WORST_RISE = 1.0  # nats per token: forgetting at the reference point of the hypervolume
 Run = Mapping[str, Any]
 
 
@@ -57,6 +61,8 @@ def run_figures(run: Run) -> dict[str, dict[str, float]]:
         figures["learning_loss"] = continual_metrics(scores, False)["learning_loss"]
     else:
         figures |= continual_metrics(scores, False)
+        point = figures["learning_loss"], -figures["backward_transfer"]
+        figures["hypervolume"] = hypervolume([point], (float(np.mean(scores[0])), WORST_RISE))
     if run["text"]["after"] is not None:
         figures["text_rise"] = run["text"]["after"]["loss"] - run["text"]["before"]
         figures["text_kl"] = run["text"]["after"]["kl"]

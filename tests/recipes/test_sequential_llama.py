@@ -216,6 +216,8 @@ def test_differences_are_to_the_first_method():
     result = summarise_sequences(runs)
     assert "minus_first" not in result["a"] and result["b"]["minus_first"]["mean"] == pytest.approx(-0.75)
     assert result["a"]["forgetting"]["mean"] == 2 and result["b"]["text_rise"]["mean"] == 0.5
+    # Before any task 2, just after learning 1 and 1, the first rises by 2: beyond the reference point; by .5.
+    assert result["a"]["hypervolume"]["mean"] == 0 and result["b"]["hypervolume"]["mean"] == pytest.approx(1 * 0.5)
     headings, rows = table_cells(result, "news")
     assert "rise of news loss" in headings and "minus a" in headings and rows[1][2] == "-0.750"
 
