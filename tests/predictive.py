@@ -18,6 +18,7 @@ from transformers import (
 from kalman_peft import AdapterState, Belief
 from kalman_peft.filtering.state import INFO
 from kalman_peft.precision import DiagonalPrecision
+from kalman_peft.predictive.covariances import FactorCovariance
 
 
 F64 = torch.float64
@@ -95,6 +96,11 @@ def diagonal_belief(model, mean=1e-3, seed=2, zero=()):
         if key.endswith(tuple(zero)) and zero:
             entries[key] = torch.full_like(value, torch.inf)
     return Belief(state, DiagonalPrecision(entries), {INFO: {"kind": "prior", "num_labels": 0.0, "tasks": 0}})
+
+
+def independent(*variances):
+    """Covariances of factors whose weights are independent."""
+    return tuple(FactorCovariance(v) for v in variances)
 
 
 def output_of(out):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from predictive import independent
 from torch import nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
@@ -11,6 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
 from kalman_peft.predictive import NoMomentRule, mean_of, moments, probit_probabilities, variance_of, with_variance
+from kalman_peft.predictive.covariances import FactorCovariance
 from kalman_peft.predictive.modules import MODULE_RULES, attach, register_rule, rule_for
 from kalman_peft.predictive.tensor import FUNCTION_RULES
 
@@ -71,8 +73,8 @@ def test_lora_layer_equals_samples(known):
     xs = x.expand(n, -1) if known else noise(x, v)
     u = torch.einsum("nri,ni->nr", noise(a, a_variance), xs)
     y = xs @ weight.T + s * torch.einsum("nor,nr->no", noise(b, b_variance), u)
-    found = moments.lora_variance(x, None if known else v, weight, (a, b), (a_variance, b_variance), s)
-    assert torch.allclose(found, y.var(0), rtol=0.01)
+    found = moments.lora_variance(x, None if known else v, weight, (a, b), independent(a_variance, b_variance), s)
+    assert torch.allclose(found, y.var(0), rtol=0.01, atol=0)
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -90,8 +92,46 @@ def test_lora_layer_equals_the_exact_sum_over_all_pairs(known):
             cov += s**2 * torch.diag((b[o, k] ** 2 + b_variance[o, k]) * a_variance[k])
         second = torch.outer(x, x) + torch.diag(v)
         expected[o] = (second * (cov + torch.outer(m, m))).sum() - (x @ m) ** 2
-    found = moments.lora_variance(x, None if known else v, weight, (a, b), (a_variance, b_variance), s)
-    assert torch.allclose(found, expected, rtol=1e-12)
+    found = moments.lora_variance(x, None if known else v, weight, (a, b), independent(a_variance, b_variance), s)
+    assert torch.allclose(found, expected, rtol=1e-12, atol=0)
+
+
+def dense_covariance(cov, m, n):
+    """(m, n, m, n), from bases that are completed by others than the code's."""
+    sides = []
+    for basis, size in ((cov.left, m), (cov.right, n)):
+        full = torch.eye(size, dtype=F64) if basis is None else torch.linalg.svd(basis, full_matrices=True).U
+        if basis is not None:
+            full[:, : basis.shape[1]] = basis
+        sides.append(full)
+    rows, columns = ((torch.arange(k).clamp(max=c - 1)) for k, c in zip((m, n), cov.cells.shape, strict=True))
+    cells = cov.cells[rows][:, columns]
+    return torch.einsum("xa,yb,ab,za,wb->xyzw", sides[0], sides[1], cells, sides[0], sides[1])
+
+
+def kronecker_like(m, n, k_left, k_right, seed):
+    left, right = (torch.linalg.qr(draw(s, k, seed=seed + s)).Q for s, k in ((m, k_left), (n, k_right)))
+    return FactorCovariance(
+        0.3 * draw(k_left + (k_left < m), k_right + (k_right < n), seed=seed, positive=True), left, right
+    )
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("kept", [(3, 6, 5, 3), (2, 4, 3, 2), (3, 2, 2, 1)], ids=str)
+def test_lora_layer_of_correlated_factors_equals_the_dense_covariance(kept, known):
+    """Bases full, and with complements."""
+    x, v, weight, s = draw(6), 0.4 * draw(6, seed=7, positive=True), draw(5, 6, seed=1), 1.7
+    a, b = draw(3, 6, seed=2), draw(5, 3, seed=3)
+    covariances = kronecker_like(3, 6, *kept[:2], seed=11), kronecker_like(5, 3, *kept[2:], seed=12)
+    of_a, of_b = dense_covariance(covariances[0], 3, 6), dense_covariance(covariances[1], 5, 3)
+    inputs = torch.outer(x, x) + (0 if known else torch.diag(v))  # E x x^T
+    expected = []
+    for o in range(5):  # y_o = m x with a random row m = W_o + s B_o A
+        row = weight[o] + s * b[o] @ a
+        cov = torch.einsum("kl,kilj->ij", torch.outer(b[o], b[o]) + of_b[o, :, o], of_a) + a.T @ of_b[o, :, o] @ a
+        expected.append((inputs * (s**2 * cov + torch.outer(row, row))).sum() - (row @ x) ** 2)
+    found = moments.lora_variance(x, None if known else v, weight, (a, b), covariances, s)
+    assert torch.allclose(found, torch.stack(expected), rtol=1e-10, atol=0)
 
 
 def test_linear_network_of_depth_two_is_exact():
@@ -105,18 +145,24 @@ def test_linear_network_of_depth_two_is_exact():
             for o in range(2)
         ]
     ) - (second.square() @ hidden.square())
-    found = moments.lora_variance(x, None, torch.zeros(2, 4, dtype=F64), (first, second), (v1, v2), 1.0)
-    assert torch.allclose(found, exact, rtol=1e-12)
+    found = moments.lora_variance(x, None, torch.zeros(2, 4, dtype=F64), (first, second), independent(v1, v2), 1.0)
+    assert torch.allclose(found, exact, rtol=1e-12, atol=0)
 
 
 def test_blocks_of_a_wide_layer_equal_the_whole(monkeypatch):
     v, weight = draw(3, 6, positive=True), draw(10, 6, seed=1)
     x, _, w, factors, factor_variances, s = lora_case()
-    whole = moments.linear_variance(v, weight), moments.lora_variance(x, x.square(), w, factors, factor_variances, s)
+    whole = (
+        moments.linear_variance(v, weight),
+        moments.lora_variance(x, x.square(), w, factors, independent(*factor_variances), s),
+    )
     monkeypatch.setattr(moments, "BLOCK", 18)
-    parts = moments.linear_variance(v, weight), moments.lora_variance(x, x.square(), w, factors, factor_variances, s)
+    parts = (
+        moments.linear_variance(v, weight),
+        moments.lora_variance(x, x.square(), w, factors, independent(*factor_variances), s),
+    )
     for a, b in zip(whole, parts, strict=True):
-        assert torch.allclose(a, b, rtol=1e-12)
+        assert torch.allclose(a, b, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -131,13 +177,13 @@ def test_linear_modules_equal_the_dense_covariance(module):
     module, x = module.double(), uncertain(2, 6)
     out = run(module, x)
     assert torch.equal(mean_of(out), module(mean_of(x)))
-    assert torch.allclose(variance_of(out).reshape(-1), jacobian_rule(module, x), rtol=1e-12)
+    assert torch.allclose(variance_of(out).reshape(-1), jacobian_rule(module, x), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("options", [{}, {"stride": 2, "padding": 1}, {"groups": 2}])
 def test_convolution_equals_the_dense_covariance(options):
     module, x = nn.Conv2d(2, 4, 3, **options).double(), uncertain(1, 2, 5, 5)
-    assert torch.allclose(variance_of(run(module, x)).reshape(-1), jacobian_rule(module, x), rtol=1e-12)
+    assert torch.allclose(variance_of(run(module, x)).reshape(-1), jacobian_rule(module, x), rtol=1e-12, atol=0)
 
 
 FUNCTIONS = {
@@ -172,7 +218,7 @@ def test_linear_functions_equal_the_dense_covariance(name):
     out = function(x)
     assert torch.equal(mean_of(out), function(mean_of(x)))
     assert variance_of(out).shape == mean_of(out).shape
-    assert torch.allclose(variance_of(out).reshape(-1), jacobian_rule(function, x), rtol=1e-12)
+    assert torch.allclose(variance_of(out).reshape(-1), jacobian_rule(function, x), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("name", OVER_POSITIONS)
@@ -182,7 +228,7 @@ def test_sums_over_positions_count_as_shared(name):
     out = function(x)
     assert torch.equal(mean_of(out), function(mean_of(x)))
     assert variance_of(out).shape == mean_of(out).shape
-    assert torch.allclose(variance_of(out).reshape(-1), jacobian_rule(function, x, shared=True), rtol=1e-12)
+    assert torch.allclose(variance_of(out).reshape(-1), jacobian_rule(function, x, shared=True), rtol=1e-12, atol=0)
 
 
 def test_sums_and_products_of_independent_tensors():
@@ -190,10 +236,10 @@ def test_sums_and_products_of_independent_tensors():
     generator = torch.Generator().manual_seed(1)
     xs, ys = (mean_of(t) + variance_of(t).sqrt() * torch.randn(n, 3, dtype=F64, generator=generator) for t in (x, y))
     for function in (torch.add, torch.sub, torch.mul):
-        assert torch.allclose(variance_of(function(x, y)), function(xs, ys).var(0), rtol=0.015)
-    assert torch.allclose(variance_of(x * x), (xs * xs).var(0), rtol=0.015)
+        assert torch.allclose(variance_of(function(x, y)), function(xs, ys).var(0), rtol=0.015, atol=0)
+    assert torch.allclose(variance_of(x * x), (xs * xs).var(0), rtol=0.015, atol=0)
     columns = x[:, None] @ y[None]
-    assert torch.allclose(variance_of(columns), (xs[:, :, None] * ys[:, None]).var(0), rtol=0.015)
+    assert torch.allclose(variance_of(columns), (xs[:, :, None] * ys[:, None]).var(0), rtol=0.015, atol=0)
 
 
 # -- activations and norms -------------------------------------------------------------------------------------------
@@ -331,7 +377,7 @@ def test_long_causal_attention_equals_the_dense_covariance():
     def attend(values):
         return F.scaled_dot_product_attention(q, k, values, is_causal=True)
 
-    assert torch.allclose(variance_of(attend(v)).reshape(-1), shared_attention(attend, v), rtol=1e-10)
+    assert torch.allclose(variance_of(attend(v)).reshape(-1), shared_attention(attend, v), rtol=1e-10, atol=0)
 
 
 def test_grouped_attention_equals_the_dense_covariance():
@@ -340,7 +386,7 @@ def test_grouped_attention_equals_the_dense_covariance():
     def attend(values):
         return F.scaled_dot_product_attention(q, k, values, is_causal=True, enable_gqa=True)
 
-    assert torch.allclose(variance_of(attend(v)).reshape(-1), shared_attention(attend, v), rtol=1e-12)
+    assert torch.allclose(variance_of(attend(v)).reshape(-1), shared_attention(attend, v), rtol=1e-12, atol=0)
 
 
 def test_queries_and_keys_count_as_known():
@@ -350,7 +396,7 @@ def test_queries_and_keys_count_as_known():
     assert torch.equal(variance_of(F.scaled_dot_product_attention(*spread, v)), plain)
     eager = F.softmax(spread[0] @ spread[1].mT * 3**-0.5, dim=-1)
     assert variance_of(eager) is None
-    assert torch.allclose(variance_of(eager @ v), plain, rtol=1e-12)
+    assert torch.allclose(variance_of(eager @ v), plain, rtol=1e-12, atol=0)
 
 
 # -- probabilities ---------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from predictive import (
     F64,
     TARGETS,
     diagonal_belief,
+    independent,
     linearised_of,
     linearised_variance,
     make_inputs,
@@ -19,6 +20,7 @@ from predictive import (
 from torch import nn
 
 from kalman_peft import AdapterState, Belief, BeliefError, Transition, estimate_curvature, initial_belief, predict
+from kalman_peft.filtering.algebra import as_double
 from kalman_peft.predictive import NoMomentRule, streamlined, variance_of, weight_variances
 from kalman_peft.predictive.moments import lora_variance, rms_norm_variance
 
@@ -97,7 +99,7 @@ def test_an_uncertain_last_layer_equals_the_linearised_network(kind):
     belief = diagonal_belief(model, 1e-12)
     _, variance = pass_through(model, belief, inputs)
     expected = linearised_variance(model, inputs, weight_variances(belief))
-    assert torch.allclose(variance, expected, rtol=1e-8)
+    assert torch.allclose(variance, expected, rtol=1e-8, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert", "vit"])
@@ -122,7 +124,7 @@ def test_an_uncertain_last_layer_equals_samples_of_the_adapter(kind):
         update = state.pairs[0].scaling * torch.einsum("nor,nri,ti->nto", b, a, x)
     expected = update.var(0)
     found = variance.reshape(-1, variance.shape[-1])[: len(expected)]
-    assert torch.allclose(found, expected, rtol=0.03)
+    assert torch.allclose(found, expected, rtol=0.03, atol=0)
 
 
 VALUES = {"llama": "v_proj", "gpt2": "c_attn", "bert": "value", "roberta": "value", "vit": "v_proj"}
@@ -150,7 +152,7 @@ def test_attention_over_adapted_values_equals_the_linearised_one(kind, attn):
         pass_through(model, belief, inputs)
         found = variance_of(caught.pop())[0, -1]
         # Eager attention of Llama rounds its weights to float32.
-        assert torch.allclose(found, expected, rtol=1e-8 if attn == "sdpa" else 1e-4)
+        assert torch.allclose(found, expected, rtol=1e-8 if attn == "sdpa" else 1e-4, atol=0)
 
 
 def last_position(output):
@@ -225,7 +227,9 @@ def test_a_stock_trainer_predicts_logits_and_variances(tmp_path):
         found = transformers.Trainer(model, arguments).predict(rows)
     logits, variance = (torch.from_numpy(p) for p in found.predictions)
     out, expected = pass_through(model, belief, inputs)
-    assert torch.allclose(logits, out.logits, rtol=1e-6) and torch.allclose(variance, expected, rtol=1e-6)
+    assert torch.allclose(logits, out.logits, rtol=1e-6, atol=0) and torch.allclose(
+        variance, expected, rtol=1e-6, atol=0
+    )
 
 
 # -- a whole block by hand -------------------------------------------------------------------------------------------
@@ -252,7 +256,7 @@ def test_a_llama_layer_equals_the_rules_written_out(attn):
             return module(x), v @ module.weight.square().T
         pair = state[name]
         factors, own = (pair.a, pair.b), (spread[pair.key_a], spread[pair.key_b])
-        return module(x), lora_variance(x, v, module.base_layer.weight, factors, own, pair.scaling)
+        return module(x), lora_variance(x, v, module.base_layer.weight, factors, independent(*own), pair.scaling)
 
     def heads(x, count):
         return x.view(1, 6, count, 2).transpose(1, 2)
@@ -284,7 +288,7 @@ def test_a_llama_layer_equals_the_rules_written_out(attn):
         logits = model.get_base_model().lm_head(llama.norm(x))
     rtol = 1e-10 if attn == "sdpa" else 1e-5  # eager attention rounds its weights to float32
     assert torch.allclose(out.logits, logits, rtol=rtol, atol=rtol)
-    assert torch.allclose(variance, v, rtol=rtol)
+    assert torch.allclose(variance, v, rtol=rtol, atol=0)
 
 
 def test_padding_does_not_reach_other_positions():
@@ -293,7 +297,7 @@ def test_padding_does_not_reach_other_positions():
     _, both = pass_through(model, belief, batch)
     alone = {name: t[1:, :4] for name, t in batch.items()}
     _, one = pass_through(model, belief, alone)
-    assert torch.allclose(both[1:, :4], one, rtol=1e-10)
+    assert torch.allclose(both[1:, :4], one, rtol=1e-10, atol=0)
 
 
 def test_16_bit_models_have_float32_variances():
@@ -335,7 +339,7 @@ def test_variances_are_differentiable_in_the_input():
         step = 1e-6 * slope
         moved = model(inputs_embeds=embeddings + step).logits_variance.sum()
         back = model(inputs_embeds=embeddings - step).logits_variance.sum()
-    assert torch.allclose((moved - back) / 2, (slope * step).sum(), rtol=1e-3)
+    assert torch.allclose((moved - back) / 2, (slope * step).sum(), rtol=1e-3, atol=0)
 
 
 # -- beliefs ---------------------------------------------------------------------------------------------------------
@@ -367,9 +371,48 @@ def test_variances_of_a_curvature_are_the_diagonal_of_its_posterior(structure):
     dense = 40.0 * precision.to_dense().double()
     inverse = torch.linalg.inv(dense + 3.0 * torch.eye(len(dense), dtype=F64)).diagonal()
     flat = torch.cat([found[key].reshape(-1) for key in precision.coordinates()]).double()
-    assert torch.allclose(flat, inverse, rtol=1e-4)
+    assert torch.allclose(flat, inverse, rtol=1e-4, atol=0)
     with pytest.raises(BeliefError, match=r"num_labels.*prior_precision"):
         weight_variances(belief)
+
+
+@pytest.mark.parametrize("structure", ["kronecker", "ekfac"])
+@pytest.mark.parametrize("where", ["lm_head", "v_proj"])
+@pytest.mark.parametrize("rank", [8, 3])
+def test_correlations_within_a_factor_equal_the_linearised_network(where, rank, structure):
+    """With all directions of the long sides, and with three of them."""
+    model, inputs = make_model("llama", targets=[where], depth=1), make_inputs("llama", 9)
+    batch = inputs | {"labels": inputs["input_ids"]}
+    options = {"rank": rank, "dense_limit": 4 if rank < 8 else 256, "progress_bar": False}
+    precision, record = estimate_curvature(model, [batch], structure, space="adapter", **options)
+    belief = Belief(AdapterState(model).snapshot(F64), as_double(precision), {"curvature": record})
+    posterior = {"num_labels": 1e12, "prior_precision": 1e10}
+    caught = []
+    attended = model.get_submodule("base_model.model.model.layers.0.self_attn.o_proj")
+    attended.register_forward_pre_hook(lambda module, args: caught.append(args[0]))
+
+    def last_position_of(**options):
+        variance = pass_through(model, belief, inputs, **posterior, **options)[1]
+        return (variance if where == "lm_head" else variance_of(caught.pop()))[0, -1]
+
+    logits = model(**inputs).logits
+    output = (logits if where == "lm_head" else caught.pop())[0, -1]
+    dense = posterior["num_labels"] * belief.precision.to_dense()
+    covariance = torch.linalg.inv(dense + posterior["prior_precision"] * torch.eye(len(dense), dtype=F64))
+    (pair,) = AdapterState(model)
+    parameters = {pair.key_a: pair.a, pair.key_b: pair.b}
+    eye = torch.eye(len(output), dtype=F64)
+    rows = torch.autograd.grad(
+        output, [parameters[key] for key in precision.coordinates()], eye, is_grads_batched=True
+    )
+    jacobian = torch.cat([row.flatten(1) for row in rows], 1)
+    expected = torch.einsum("ki,ij,kj->k", jacobian, covariance, jacobian)
+    assert torch.allclose(last_position_of(), expected, rtol=1e-7, atol=0)
+    # It is not what the diagonal says.
+    alone, diagonal = last_position_of(correlated=False), jacobian.square() @ covariance.diagonal()
+    assert torch.allclose(alone, diagonal, rtol=1e-7, atol=0) and not torch.allclose(
+        alone, expected, rtol=0.01, atol=0
+    )
 
 
 def test_filter_states_and_loko_beliefs_hold_their_prior():

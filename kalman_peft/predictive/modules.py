@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .covariances import FactorCovariance
 from .moments import gelu_slope, gelu_tanh_slope, lora_variance, rms_norm_variance, silu_slope, variance_dtype
 from .positions import LoraWeights, Origin
 from .tensor import EAGER, FUNCTION_RULES, MomentTensor, Rule, lifted, mean_of, strip, variance_of, with_variance
@@ -101,29 +102,29 @@ class LoraRule:
 
     Args:
         adapter_name (`str`): Of the adapter that is uncertain.
-        variances (`tuple[Tensor, Tensor]`): Of A (r, d_in) and B (d_out, r).
+        covariances (`tuple[FactorCovariance, FactorCovariance]`): Of A (r, d_in) and B (d_out, r).
     """
 
-    def __init__(self, adapter_name: str, variances: tuple[Tensor, Tensor]):
-        self.adapter_name, self.variances = adapter_name, variances
-        self._cast: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
+    def __init__(self, adapter_name: str, covariances: tuple[FactorCovariance, FactorCovariance]):
+        self.adapter_name, self.covariances = adapter_name, covariances
+        self._cast: dict[tuple[torch.device, torch.dtype], tuple[FactorCovariance, FactorCovariance]] = {}
 
     def __call__(self, module: Any, out: Tensor, x: Any) -> Tensor:
         """See [`register_rule`]."""
         known = self.weights(module, out, x)
         mean, variance = mean_of(x).to(variance_dtype(out)), variance_of(x)
-        return lora_variance(mean, variance, known.weight(), known.factors, known.factor_variances, known.scaling)
+        return lora_variance(mean, variance, known.weight(), known.factors, known.covariances, known.scaling)
 
     def origin(self, module: Any, out: Tensor, x: Any) -> Origin:
         """Where the layer's result comes from."""
         return Origin(lambda: self.weights(module, out, x), x)
 
     def weights(self, module: Any, out: Tensor, x: Any) -> LoraWeights:
-        """Means and variances of the layer's weights, in the dtype of the result's variance."""
-        place = (variance_dtype(out), out.device)
-        a, b = (side[self.adapter_name].weight.to(place[1], place[0]) for side in (module.lora_A, module.lora_B))
+        """Means and covariances of the layer's weights, in the dtype of the result's variance."""
+        place = (out.device, variance_dtype(out))
+        a, b = (side[self.adapter_name].weight.to(*place) for side in (module.lora_A, module.lora_B))
         if place not in self._cast:
-            self._cast[place] = (self.variances[0].to(place[1], place[0]), self.variances[1].to(place[1], place[0]))
+            self._cast[place] = tuple(c.to(*place).completed(side) for side, c in enumerate(self.covariances))  # type: ignore[assignment]
         scaling = module.scaling[self.adapter_name]
         return LoraWeights((a, b), self._cast[place], scaling, lambda: _base_weight(module, variance_of(x)))
 

@@ -1,8 +1,8 @@
 """Variances through single layers, in closed form.
 
 After Streamlining Prediction in Bayesian Deep Learning (arXiv:2411.18425); for LoRA layers derived here.
-Plain functions on tensors: entries of an input are taken as independent, weights as independent of it and of each
-other. Means are not computed here: they are those of the deterministic network.
+Plain functions on tensors: entries of an input are taken as independent of each other and of the weights. Means
+are not computed here: they are those of the deterministic network.
 """
 
 import math
@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+from .covariances import FactorCovariance, LoraMoments
 
 
 BLOCK = 2**24  # entries of a squared weight, of attention weights or of mixed inputs, that are held at once
@@ -38,35 +40,32 @@ def lora_variance(
     variance: Tensor | None,
     weight: Tensor,
     factors: tuple[Tensor, Tensor],
-    factor_variances: tuple[Tensor, Tensor],
+    covariances: tuple[FactorCovariance, FactorCovariance],
     scaling: float,
 ) -> Tensor:
-    """Variance of W x + s B A x for uncertain A, B and x, all entries independent.
+    """Variance of W x + s B A x for uncertain A, B and x.
 
-    Exact, by the law of total variance: with M = W + s B A, u = A x and second moments E[x^2] = x^2 + v,
-    Var y = v (M^2)^T + s^2 [E Var(u | x) (B^2 + B_v)^T + E[E(u | x)^2] B_v^T],
-    E Var(u | x) = E[x^2] A_v^T,  E[E(u | x)^2] = u^2 + v (A^2)^T.
+    Exact, by the law of total variance, for independent entries of x: with M = W + s B A,
+    Var y = v (M^2)^T + s^2 diag[E B Cov(u | x) B^T + Cov(B E[u | x])], u = A x; see [`LoraMoments`].
 
     Args:
         x (`Tensor`): Mean of the input, (..., d_in), in the variances' dtype.
         variance (`Tensor` or `None`): v, of the input; `None` for a known one.
         weight (`Tensor`): W, (d_out, d_in); not read for a known input.
         factors (`tuple[Tensor, Tensor]`): Means of A (r, d_in) and B (d_out, r), in the dtype of `x`.
-        factor_variances (`tuple[Tensor, Tensor]`): A_v and B_v.
+        covariances (`tuple[FactorCovariance, FactorCovariance]`): Of A and B.
         scaling (`float`): s.
 
     Returns:
         `Tensor`: (..., d_out).
     """
     a, b = factors
-    a_variance, b_variance = factor_variances
-    second, power = x.square(), nn.functional.linear(x, a).square()  # E[x^2] (..., d_in); u^2 (..., r)
+    moments = LoraMoments(factors, covariances, scaling)
+    spread, power = moments.of_mean(x)
     if variance is not None:
-        second = second + variance
-        power = power + nn.functional.linear(variance, a.square())
-    spread = nn.functional.linear(second, a_variance)  # E Var(u | x), (..., r)
-    own = nn.functional.linear(spread, b.square() + b_variance) + nn.functional.linear(power, b_variance)
-    own = scaling**2 * own
+        more_spread, more_power = moments.of_variance(variance)
+        spread, power = spread + more_spread, power + more_power
+    own = nn.functional.linear(spread, moments.from_spread) + nn.functional.linear(power, moments.from_power)
     if variance is None:
         return own
     return own + _squared_linear(variance, b.shape[0], lambda rows: weight[rows].to(x) + scaling * (b[rows] @ a))

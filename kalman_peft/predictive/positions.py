@@ -13,8 +13,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from .covariances import FactorCovariance, LoraMoments
 from .moments import BLOCK, linear_variance, variance_dtype
 from .tensor import MomentTensor, mean_of, variance_of
 
@@ -24,7 +25,7 @@ class LoraWeights:
     """What the variance of a LoRA layer's result rests on; see `lora_variance`."""
 
     factors: tuple[Tensor, Tensor]
-    factor_variances: tuple[Tensor, Tensor]
+    covariances: tuple[FactorCovariance, FactorCovariance]
     scaling: float
     weight: Callable[[], Tensor]  # W, (d_out, d_in); for uncertain inputs only, since it may have to be dequantised
 
@@ -149,23 +150,23 @@ def _through_layer(
     weights: LoraWeights, given: Any, rows: Tensor, groups: int, dtype: torch.dtype
 ) -> Callable[[Tensor], Tensor]:
     """The rule of `lora_variance` for each head's mixed input, of its own outputs `rows` only."""
-    (a, b), (a_variance, b_variance), s = weights.factors, weights.factor_variances, weights.scaling
+    (a, b), s = weights.factors, weights.scaling
+    moments = LoraMoments(weights.factors, weights.covariances, s)
     x, variance = mean_of(given).to(dtype), variance_of(given)
     rows_of_a = _grouped(rows[:, None], groups)[:, 0] if groups > 1 else rows
-    from_spread, from_power = (s**2 * (b.square() + b_variance))[rows_of_a].mT, (s**2 * b_variance)[rows_of_a].mT
+    from_spread, from_power = moments.from_spread[rows_of_a].mT, moments.from_power[rows_of_a].mT
     lengths = x.square().sum(-1, keepdim=True)
     inputs: tuple[Tensor, Tensor, Tensor] | None = None
     if variance is not None:
         chosen = rows.flatten()
         matrix = weights.weight()[chosen].to(x) + s * (b[chosen] @ a)
         incoming = linear_variance(variance, matrix).unflatten(-1, rows.shape).transpose(1, 2)
-        spread, power = (nn.functional.linear(variance, side) for side in (a_variance, a.square()))
-        inputs = spread, power, _grouped(incoming, groups)
+        inputs = *moments.of_variance(variance), _grouped(incoming, groups)
 
     def block(mixing: Tensor) -> Tensor:  # (batch, heads, t, s)
         flat = mixing.flatten(1, 2)  # all heads mix the same inputs
         mixed = _mixed(flat, x)
-        spread, power = nn.functional.linear(mixed.square(), a_variance), nn.functional.linear(mixed, a).square()
+        spread, power = moments.of_mean(mixed)
         likeness = None
         if inputs is not None:
             likeness = _likeness(flat, lengths, mixed)

@@ -16,7 +16,7 @@ from ..belief import Belief
 from . import functions as functions  # registers the rules of torch's functions
 from .modules import LoraRule, attach, rules_in
 from .tensor import MODULE_NAMES, MomentTensor, NoMomentRule, mean_of, strip
-from .variances import weight_variances
+from .variances import factor_covariances
 
 
 _ATTENTION = ("eager", "sdpa")
@@ -29,6 +29,7 @@ def streamlined(
     *,
     num_labels: float | None = None,
     prior_precision: float | Mapping[str, float] | None = None,
+    correlated: bool = True,
     adapter_name: str | None = None,
 ) -> Iterator[nn.Module]:
     """Within this context the model's outputs have variances.
@@ -39,12 +40,12 @@ def streamlined(
     out.logits, out.logits_variance  # the same shape; the variance in float32 (float64 beside float64 logits)
     ```
 
-    The adapter takes the belief's mean, and the logits are bit for bit those of that network. The variance of the
-    weights is the diagonal of the belief's covariance (see [`weight_variances`]). Channels of hidden states count as
-    independent, and so do the two sides of a residual sum and the places of a convolution; attention weights count as
-    known, also where queries and keys are adapted. Positions share the adapter's weights: LoRA on the values is exact,
-    and what was uncertain before it is correlated over positions as far as the layer's inputs are alike; other
-    sums over positions (pooling) count as fully correlated.
+    The adapter takes the belief's mean, and the logits are bit for bit those of that network. Each factor has its
+    block of the belief's covariance where that is "kronecker" or "ekfac", of other structures the diagonal. Channels
+    of hidden states count as independent, and so do the two sides of a residual sum and the places of a convolution;
+    attention weights count as known, also where queries and keys are adapted. Positions share the adapter's weights:
+    LoRA on the values is exact, and what was uncertain before it is correlated over positions as far as the layer's
+    inputs are alike; other sums over positions (pooling) count as fully correlated.
 
     Besides the logits, `last_hidden_state` and `pooler_output` get a variance; other fields are means. The loss is
     that of the mean. Variances are differentiable; call backward within the context where the adapter's own weights
@@ -60,6 +61,8 @@ def streamlined(
         belief (`Belief`): Over this adapter.
         num_labels (`float`, *optional*): See [`weight_variances`].
         prior_precision (`float` or `Mapping[str, float]`, *optional*): See [`weight_variances`].
+        correlated (`bool`, *optional*, defaults to `True`):
+            With `False` the diagonal alone counts, whatever the structure.
         adapter_name (`str`, *optional*): Defaults to the active adapter.
 
     Yields:
@@ -70,7 +73,7 @@ def streamlined(
         ValueError: The model or the adapter is in a state that is not supported.
     """
     state = belief.check(model, adapter_name)
-    found = weight_variances(belief, num_labels=num_labels, prior_precision=prior_precision)
+    found = factor_covariances(belief, num_labels=num_labels, prior_precision=prior_precision, correlated=correlated)
     base: Any = state.model.get_base_model()  # type: ignore[operator]
     _check_supported(state, base)
     if MODULE_NAMES.get() is not None:

@@ -1,4 +1,4 @@
-"""From a belief to the variance of every LoRA weight: the diagonal of its covariance."""
+"""From a belief to the variance of every LoRA weight, and to the covariance of every LoRA factor."""
 
 from collections.abc import Mapping
 
@@ -7,6 +7,8 @@ from torch import Tensor
 from ..belief import Belief, BeliefError
 from ..filtering.algebra import variances
 from ..filtering.state import INFO, absolute, initial_belief, update
+from ..precision.ekfac import EigenKroneckerPrecision
+from .covariances import FactorCovariance
 
 
 def weight_variances(
@@ -35,12 +37,42 @@ def weight_variances(
         BeliefError: The belief is over DW, of a structure whose variances are not known, or lacks a number.
         ValueError: A number is out of range, or given to a belief that does not take it.
     """
-    if belief.precision.space != "adapter":
-        raise BeliefError(
-            f"A belief over {belief.precision.space} gives no variances of the factors A and B; fit it with "
-            "space='adapter'."
-        )
+    return _variances(_state(belief, num_labels, prior_precision))
+
+
+def factor_covariances(
+    belief: Belief,
+    *,
+    num_labels: float | None = None,
+    prior_precision: float | Mapping[str, float] | None = None,
+    correlated: bool = True,
+) -> dict[str, FactorCovariance]:
+    """Covariance of every factor A and B, as far as single passes can use it.
+
+    Args:
+        belief (`Belief`): See [`weight_variances`].
+        num_labels (`float`, *optional*): See [`weight_variances`].
+        prior_precision (`float` or `Mapping[str, float]`, *optional*): See [`weight_variances`].
+        correlated (`bool`, *optional*, defaults to `True`):
+            Keep correlations within a factor where the belief is "kronecker" or "ekfac"; of other structures, and with
+            `False`, the diagonal counts.
+
+    Returns:
+        `dict[str, FactorCovariance]`: By key.
+
+    Raises:
+        BeliefError: See [`weight_variances`].
+        ValueError: See [`weight_variances`].
+    """
     state = _state(belief, num_labels, prior_precision)
+    precision = state.precision
+    if correlated and isinstance(precision, EigenKroneckerPrecision):
+        sides = precision.blocks.items()
+        return {key: FactorCovariance.from_precision(*sides[key], cells) for key, cells in precision.cells.items()}
+    return {key: FactorCovariance(v) for key, v in _variances(state).items()}
+
+
+def _variances(state: Belief) -> dict[str, Tensor]:
     try:
         return variances(state.precision)
     except ValueError as error:
@@ -48,6 +80,12 @@ def weight_variances(
 
 
 def _state(belief: Belief, num_labels: float | None, prior_precision: float | Mapping[str, float] | None) -> Belief:
+    """The belief with its prior in it, counted absolutely."""
+    if belief.precision.space != "adapter":
+        raise BeliefError(
+            f"A belief over {belief.precision.space} gives no variances of the factors A and B; fit it with "
+            "space='adapter'."
+        )
     if INFO in belief.info:
         if num_labels is not None or prior_precision is not None:
             raise ValueError(
