@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..belief import Belief, BeliefError
 from ..filtering.algebra import variances
-from ..filtering.state import INFO, absolute, initial_belief, update
+from .posterior import posterior
 
 
 def weight_variances(
@@ -35,34 +35,8 @@ def weight_variances(
         BeliefError: The belief is over DW, of a structure whose variances are not known, or lacks a number.
         ValueError: A number is out of range, or given to a belief that does not take it.
     """
-    if belief.precision.space != "adapter":
-        raise BeliefError(
-            f"A belief over {belief.precision.space} gives no variances of the factors A and B; fit it with "
-            "space='adapter'."
-        )
-    state = _state(belief, num_labels, prior_precision)
+    state = posterior(belief, num_labels, prior_precision)
     try:
         return variances(state.precision)
     except ValueError as error:
         raise BeliefError(f"{error} Use structure 'diagonal', 'low_rank', 'ekfac' or 'dense'.") from error
-
-
-def _state(belief: Belief, num_labels: float | None, prior_precision: float | Mapping[str, float] | None) -> Belief:
-    if INFO in belief.info:
-        if num_labels is not None or prior_precision is not None:
-            raise ValueError(
-                "num_labels and prior_precision are for beliefs counted per label; this one is a state of a filter, "
-                "which holds both. Leave them out."
-            )
-        return belief
-    if "curvature" not in belief.info and "num_labels" in belief.info:
-        if prior_precision is not None:
-            raise ValueError("prior_precision is for a curvature; a LoKO belief holds its prior. Leave it out.")
-        return absolute(belief, num_labels)
-    if num_labels is None or prior_precision is None:
-        raise BeliefError(
-            "The belief is a curvature per label, without a prior. Pass `num_labels`, the labels behind the "
-            "posterior, and `prior_precision`, for the variances of (num_labels * curvature + prior_precision)^-1."
-        )
-    prior = initial_belief(belief.mean, prior_precision, belief.precision.structure, dtype=belief.precision.dtype)
-    return update(prior, prior.mean, belief.precision, num_labels)
