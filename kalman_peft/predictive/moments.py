@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 
-BLOCK = 2**24  # entries of a squared weight, of attention weights or of mixed inputs, that are held at once
+BLOCK = 2**24  # entries of a squared weight or of attention weights that are held at once
 
 
 def variance_dtype(mean: Tensor) -> torch.dtype:

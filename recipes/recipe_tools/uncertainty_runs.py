@@ -182,7 +182,7 @@ def load_or_train(
     model = new_model(problem, how, seed)
     loko = train(model, problem, how, seed)
     if loko is not None:
-        belief = loko.belief()
+        belief = loko.belief(model)
     else:
         batches = [_to(inputs_of(b), model) for b in problem.batches(problem.parts["train"], how.batch_size)]
         belief = Belief.fit(model, batches, structure=how.belief, space="adapter", progress_bar=False)
