@@ -102,6 +102,11 @@ def test_the_rows_of_a_large_batch_are_taken_in_parts(monkeypatch):
     parts = linearized(model, belief, inputs)
     assert torch.allclose(parts.covariance, whole.covariance, rtol=1e-10)
     assert torch.allclose(parts.logits, whole.logits, rtol=1e-10)
+    llama, places = make_lora_llama(attn="sdpa").eval(), torch.tensor([5, 3, 4])
+    options = {"entries": [3, 7]}
+    last = linearized(llama, diagonal_belief(llama), make_batch(), positions="last", **options)
+    given = linearized(llama, diagonal_belief(llama), make_batch(), positions=places, **options)
+    assert torch.allclose(given.covariance, last.covariance, rtol=1e-10)
 
 
 @pytest.mark.parametrize("structure", ["diagonal", "low_rank"])

@@ -158,7 +158,7 @@ def test_an_ensemble_is_the_average_of_its_adapters(tmp_path):
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     named = ensembled(model, ["second", "third", adapters[0]], inputs)
     assert torch.allclose(named.probabilities, logits.softmax(-1).mean(0), rtol=1e-10)
-    assert model.active_adapters == ["default"]
+    assert model.active_adapters == ["default"] and model.active_adapter == "default"
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
 
 

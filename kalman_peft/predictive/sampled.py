@@ -144,13 +144,15 @@ def ensembled(
 def _in_place(model: Any, adapter: Adapter) -> Iterator[None]:
     """The model with that adapter."""
     if isinstance(adapter, str) and adapter in model.peft_config:
-        before, flags = model.active_adapters, {p: p.requires_grad for p in model.parameters()}
+        before, flags = list(model.active_adapters), {p: p.requires_grad for p in model.parameters()}
+        named = model.active_adapter
         try:
             model.set_adapter(adapter)  # with its own head
             check_active(AdapterState(model, adapter, warn_excluded=False))
             yield
         finally:
             model.base_model.set_adapter(before)
+            model.active_adapter = named
             for p, flag in flags.items():
                 p.requires_grad_(flag)
         return
