@@ -34,12 +34,14 @@ _MODULE_OF = {
     "curvature_memory": "curvature",
     "data_fingerprint": "lineage",
     "estimate_curvature": "curvature",
+    "fit_scale": "predictive",
     "initial_belief": "filtering",
     "interpolate": "filtering",
     "log_evidence": "evidence",
     "maximise_evidence": "evidence",
     "merge_beliefs": "filtering",
     "noise_from_shift": "filtering",
+    "posterior_predictive": "predictive",
     "predict": "filtering",
     "probit_probabilities": "predictive",
     "register_rule": "predictive",
@@ -79,12 +81,14 @@ __all__ = [
     "curvature_memory",
     "data_fingerprint",
     "estimate_curvature",
+    "fit_scale",
     "initial_belief",
     "interpolate",
     "log_evidence",
     "maximise_evidence",
     "merge_beliefs",
     "noise_from_shift",
+    "posterior_predictive",
     "predict",
     "probit_probabilities",
     "register_rule",
@@ -124,7 +128,14 @@ if TYPE_CHECKING:
     from .lineage import data_fingerprint
     from .loko import LoKO, LoKOOptions, create_loko_optimizer
     from .observations import CategoricalObservation, GaussianObservation, LikelihoodObservation
-    from .predictive import probit_probabilities, register_rule, streamlined, weight_variances
+    from .predictive import (
+        fit_scale,
+        posterior_predictive,
+        probit_probabilities,
+        register_rule,
+        streamlined,
+        weight_variances,
+    )
     from .self_source import sample_source
     from .trainer import KalmanMixin, KalmanTrainer
     from .warmup import warm_start

@@ -408,8 +408,10 @@ def test_correlations_within_a_factor_equal_the_linearised_network(where, rank, 
     jacobian = torch.cat([row.flatten(1) for row in rows], 1)
     expected = torch.einsum("ki,ij,kj->k", jacobian, covariance, jacobian)
     assert torch.allclose(last_position_of(), expected, rtol=1e-7, atol=0)
+    with pytest.raises(ValueError, match="structure must be one of"):
+        last_position_of(structure="half")
     # It is not what the diagonal says.
-    alone, diagonal = last_position_of(correlated=False), jacobian.square() @ covariance.diagonal()
+    alone, diagonal = last_position_of(structure="diagonal"), jacobian.square() @ covariance.diagonal()
     assert torch.allclose(alone, diagonal, rtol=1e-7, atol=0) and not torch.allclose(
         alone, expected, rtol=0.01, atol=0
     )

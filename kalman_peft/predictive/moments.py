@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .covariances import FactorCovariance, LoraMoments
 
 
-BLOCK = 2**24  # entries of a squared weight, of attention weights or of mixed inputs, that are held at once
+BLOCK = 2**24  # entries of a squared weight or of attention weights that are held at once
 
 
 def variance_dtype(mean: Tensor) -> torch.dtype:
@@ -189,17 +189,52 @@ def silu_slope(x: Tensor, steepness: float = 1.0) -> Tensor:
     return s * (1 + steepness * x * (1 - s))
 
 
-def probit_probabilities(logits: Tensor, variance: Tensor) -> Tensor:
-    """softmax(mu / sqrt(1 + pi v / 8)): class probabilities under independent Gaussian logits, approximately.
+def probit_probabilities(logits: Tensor, variance: Tensor, scale: float = 1.0, temperature: float = 1.0) -> Tensor:
+    """softmax(m / sqrt(1 + pi s v / 8)) of m = mu / T and v / T^2: class probabilities under independent Gaussian
+    logits, approximately.
 
     Args:
         logits (`Tensor`): mu, (..., V).
         variance (`Tensor`): v >= 0, of the same shape.
+        scale (`float`, *optional*, defaults to 1.0): s > 0, on the variance; see [`fit_scale`].
+        temperature (`float`, *optional*, defaults to 1.0): T > 0, on the logits.
 
     Returns:
         `Tensor`: Probabilities in the dtype of `variance`, (..., V).
     """
-    return (logits.to(variance) / (1 + math.pi / 8 * variance).sqrt()).softmax(-1)
+    _check_positive(scale=scale, temperature=temperature)
+    spread = math.pi / 8 * scale / temperature**2 * variance
+    return (logits.to(variance) / temperature / (1 + spread).sqrt()).softmax(-1)
+
+
+def pairwise_probabilities(logits: Tensor, covariance: Tensor, scale: float = 1.0, temperature: float = 1.0) -> Tensor:
+    """Class probabilities under correlated Gaussian logits, approximately: the probit of every pair of classes.
+
+    p_i is proportional to 1 / sum_j exp((m_j - m_i) / sqrt(1 + pi / 8 s Var(z_i - z_j))), with Var(z_i - z_j) =
+    S_ii + S_jj - 2 S_ij (Lu, Ie and Sha, 2020). What all logits share does not count, as it should not; for two
+    classes this is the probit of their difference.
+
+    Args:
+        logits (`Tensor`): mu, (..., C).
+        covariance (`Tensor`): S, (..., C, C).
+        scale (`float`, *optional*, defaults to 1.0): s > 0, on the covariance.
+        temperature (`float`, *optional*, defaults to 1.0): T > 0, on the logits: m = mu / T, S / T^2.
+
+    Returns:
+        `Tensor`: Probabilities in the dtype of `covariance`, (..., C).
+    """
+    _check_positive(scale=scale, temperature=temperature)
+    own = covariance.diagonal(dim1=-2, dim2=-1)
+    spread = (own[..., :, None] + own[..., None, :] - 2 * covariance).clamp(min=0)
+    mean = logits.to(covariance) / temperature
+    gap = (mean[..., None, :] - mean[..., :, None]) / (1 + math.pi / 8 * scale / temperature**2 * spread).sqrt()
+    return (-gap.logsumexp(-1)).softmax(-1)
+
+
+def _check_positive(**values: float) -> None:
+    for name, value in values.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be > 0 and finite, got {value}.")
 
 
 def _squared_linear(variance: Tensor, d_out: int, rows_of: Callable[[slice], Tensor]) -> Tensor:

@@ -8,13 +8,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..adapters import AdapterState
 from ..belief import Belief
 from . import functions as functions  # registers the rules of torch's functions
 from .modules import LoraRule, attach, rules_in
+from .posterior import at, check_active, check_predicts
 from .tensor import MODULE_NAMES, MomentTensor, NoMomentRule, mean_of, strip
 from .variances import factor_covariances
 
@@ -29,7 +29,7 @@ def streamlined(
     *,
     num_labels: float | None = None,
     prior_precision: float | Mapping[str, float] | None = None,
-    correlated: bool = True,
+    structure: str = "full",
     adapter_name: str | None = None,
 ) -> Iterator[nn.Module]:
     """Within this context the model's outputs have variances.
@@ -61,8 +61,8 @@ def streamlined(
         belief (`Belief`): Over this adapter.
         num_labels (`float`, *optional*): See [`weight_variances`].
         prior_precision (`float` or `Mapping[str, float]`, *optional*): See [`weight_variances`].
-        correlated (`bool`, *optional*, defaults to `True`):
-            With `False` the diagonal alone counts, whatever the structure.
+        structure (`str`, *optional*, defaults to `"full"`):
+            With "diagonal" the diagonal alone counts, whatever the belief's structure.
         adapter_name (`str`, *optional*): Defaults to the active adapter.
 
     Yields:
@@ -73,49 +73,34 @@ def streamlined(
         ValueError: The model or the adapter is in a state that is not supported.
     """
     state = belief.check(model, adapter_name)
-    found = factor_covariances(belief, num_labels=num_labels, prior_precision=prior_precision, correlated=correlated)
+    found = factor_covariances(belief, num_labels=num_labels, prior_precision=prior_precision, structure=structure)
     base: Any = state.model.get_base_model()  # type: ignore[operator]
     _check_supported(state, base)
     if MODULE_NAMES.get() is not None:
         raise ValueError("streamlined() cannot be nested; leave the outer context first.")
-    # Weights that are the mean already are not written: autograd would take them for others.
-    moved = any(not torch.equal(p, belief.mean[key].to(p)) for key, p in state.tensors().items())
-    kept = {key: p.clone() for key, p in state.tensors().items()} if moved else {}
     token = MODULE_NAMES.set({module: name for name, module in base.named_modules()})
     handles = []
     try:
-        if moved:
-            state.load(belief.mean)
-        for pair in state:
-            rule = LoraRule(state.adapter_name, (found[pair.key_a], found[pair.key_b]))
-            handles += attach(state.model.get_submodule(pair.name), rule, always=True)
-        for module, rule in rules_in(base).items():
-            handles += attach(module, rule)
-        handles.append(base.register_forward_pre_hook(_before, with_kwargs=True))
-        handles.append(base.register_forward_hook(_after))
-        yield model
+        with at(state, belief.mean):
+            for pair in state:
+                rule = LoraRule(state.adapter_name, (found[pair.key_a], found[pair.key_b]))
+                handles += attach(state.model.get_submodule(pair.name), rule, always=True)
+            for module, rule in rules_in(base).items():
+                handles += attach(module, rule)
+            handles.append(base.register_forward_pre_hook(_before, with_kwargs=True))
+            handles.append(base.register_forward_hook(_after))
+            yield model
     finally:
         for handle in handles:
             handle.remove()
         MODULE_NAMES.reset(token)
-        if moved:
-            state.load(kept)
 
 
 def _check_supported(state: AdapterState, base: Any) -> None:
-    active = state.model.active_adapters
-    if list(active) != [state.adapter_name]:  # type: ignore[call-overload]
-        raise ValueError(f"Adapters {active} are active; activate {state.adapter_name!r} alone with set_adapter().")
+    check_active(state)
     for pair in state:
         if not pair.merges_linearly:
             raise ValueError(f"{pair.name} is a DoRA layer (or another variant of LoRA), which has no moment rule.")
-        if hasattr(pair.a, "full_tensor"):
-            raise ValueError(f"{pair.name} is sharded over processes; predict with the whole model in each.")
-        layer: Any = state.model.get_submodule(pair.name)
-        if layer.merged or layer.disable_adapters:
-            raise ValueError(
-                f"{pair.name} is merged or disabled; call model.unmerge_adapter(), or enable the adapter."
-            )
     kind = getattr(getattr(base, "config", None), "_attn_implementation", None)
     if kind is not None and kind not in _ATTENTION:
         raise ValueError(
@@ -124,8 +109,7 @@ def _check_supported(state: AdapterState, base: Any) -> None:
 
 
 def _before(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    if model.training:
-        raise ValueError("streamlined() predicts; call model.eval() first.")
+    check_predicts(model, "streamlined")
     if kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):
         raise ValueError(
             "A cache would lose the variances of keys and values: generate() and past_key_values are not supported "
