@@ -19,7 +19,7 @@ def write_model_card(
         results (`str`, *optional*): Markdown with measured results, put under its own heading.
         tags (`str` or `list[str]`, *optional*): Further tags.
         **kwargs: Of `Trainer.create_model_card`: `language`, `license`, `model_name`, `dataset`, `dataset_tags`,
-            `tasks` (as tags), `finetuned_from`.
+            `tasks` (as tags), `finetuned_from`; of TRL's: `dataset_name`.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -35,7 +35,7 @@ def write_model_card(
         license=kwargs.get("license"),
         library_name="peft",
         base_model=base or None,
-        datasets=kwargs.get("dataset_tags") or kwargs.get("dataset"),
+        datasets=kwargs.get("dataset_tags") or kwargs.get("dataset") or kwargs.get("dataset_name"),
         tags=sorted(set(own)),
     )
     arguments = trainer.args
