@@ -25,3 +25,13 @@ def test_package_data_is_there():
 
     assert (files("kalman_peft") / "model_card_template.md").is_file()
     assert (files("kalman_peft") / "py.typed").is_file()
+
+
+def test_the_command_line_is_installed():
+    import tomllib
+    from importlib.metadata import EntryPoint
+    from pathlib import Path
+
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    value = project["scripts"]["kalman-peft"]
+    assert EntryPoint("kalman-peft", value, "console_scripts").load() is kalman_peft.cli.main
