@@ -21,6 +21,8 @@ _MODULE_OF = {
     "HubError": "hub",
     "KalmanConfig": "config",
     "KalmanMixin": "trainer",
+    "KalmanSFTConfig": "sft",
+    "KalmanSFTTrainer": "sft",
     "KalmanTrainer": "trainer",
     "LaplaceCallback": "callbacks",
     "LikelihoodObservation": "observations",
@@ -55,6 +57,7 @@ _MODULE_OF = {
     "weight_variances": "predictive",
 }
 
+# Without KalmanSFTConfig and KalmanSFTTrainer, so that `from kalman_peft import *` does not need the extra "trl".
 __all__ = [
     "AdapterState",
     "Belief",
@@ -137,6 +140,8 @@ if TYPE_CHECKING:
         weight_variances,
     )
     from .self_source import sample_source
+    from .sft import KalmanSFTConfig as KalmanSFTConfig
+    from .sft import KalmanSFTTrainer as KalmanSFTTrainer
     from .trainer import KalmanMixin, KalmanTrainer
     from .warmup import warm_start
 
@@ -150,4 +155,4 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(__all__))
+    return sorted(set(globals()) | set(_MODULE_OF))

@@ -4,7 +4,7 @@ import json
 import math
 import warnings
 from dataclasses import dataclass, field, fields
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from transformers import TrainingArguments
 
@@ -229,10 +229,12 @@ class KalmanArguments:
         default=None, metadata={"help": "Largest gradient norm; defaults to 1.0. With LoKO it must be 0."}
     )
 
+    _default_learning_rate: ClassVar[float] = 5e-5  # without LoKO
+
     def __post_init__(self) -> None:
         loko = self.uses_loko
         if self.learning_rate is None:
-            self.learning_rate = 1.0 if loko else 5e-5
+            self.learning_rate = 1.0 if loko else self._default_learning_rate
         if self.lr_scheduler_type is None:
             self.lr_scheduler_type = "constant" if loko else "linear"
         if self.max_grad_norm is None:

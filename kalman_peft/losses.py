@@ -11,7 +11,7 @@ from .adapters import AdapterState
 from .curvature.fisher import default_forward, scoring
 from .curvature.sequences import find_segments
 from .distributed import all_sum_, any_process, is_sharded, world
-from .observations import infer_observation, negative_log_likelihood
+from .observations import CategoricalObservation, infer_observation, negative_log_likelihood
 
 
 Batch = Mapping[str, Tensor]
@@ -153,3 +153,56 @@ def _share(batch: Batch, rank: int, size: int, device: torch.device) -> dict[str
         key: (value[rank::size] if len(value) == rows else value).to(device) if isinstance(value, Tensor) else value
         for key, value in batch.items()
     }
+
+
+@torch.no_grad()
+def divergence_from_base(
+    model: nn.Module, batches: Iterable[Batch], prepare: Callable[[Any], dict[str, Any]] = dict
+) -> dict[str, float]:
+    """Loss with and without the adapter, and KL(base || adapted), per label that counts, in evaluation mode.
+
+    One process; whole distributions are compared in float32 (or wider), one batch at a time.
+
+    Args:
+        model (`PeftModel`): With the adapter active.
+        batches (`Iterable`): With `labels`.
+        prepare (`Callable`, *optional*): Moves a batch to the model's device.
+
+    Returns:
+        `dict[str, float]`: `loss`, `base_loss`, `rise` (their difference) and `kl` in nats per label, and `labels`.
+
+    Raises:
+        TypeError: There is no adapter to switch off.
+        ValueError: A batch has no labels, none of all labels counts, or the labels are no classes.
+    """
+    observation = infer_observation(model)
+    switch: Any = getattr(model, "disable_adapter", None)
+    if switch is None:
+        raise TypeError(f"model must be a PeftModel, whose adapter can be switched off, got {type(model).__name__}.")
+    if not isinstance(observation, CategoricalObservation):
+        raise ValueError(f"The divergence is known for classes and tokens, not for {type(observation).__name__}.")
+    sums, labels = torch.zeros(3, dtype=torch.float64), 0
+    mode = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            batch = prepare(batch)
+            _check_labels(batch)
+            segments = find_segments(batch, batch["labels"], observation, model)
+            logits = default_forward(model, batch)
+            with switch():
+                base = default_forward(model, batch)
+            targets = observation.targets(logits, batch["labels"], segments)
+            index = observation.observed(targets).nonzero().squeeze(-1)
+            kind = torch.promote_types(logits.dtype, torch.float32)
+            q, p = (x.reshape(-1, x.shape[-1])[index].to(kind).log_softmax(-1) for x in (logits, base))  # (N, V)
+            kl = nn.functional.kl_div(q, p, reduction="sum", log_target=True)
+            losses = [nn.functional.nll_loss(x, targets[index], reduction="sum") for x in (q, p)]
+            sums += torch.stack([*losses, kl]).cpu().double()
+            labels += len(index)
+    finally:
+        model.train(mode)
+    if not labels:
+        raise ValueError("The data have no labels that count; all are -100 or there are none.")
+    loss, base_loss, kl = (sums / labels).tolist()
+    return {"loss": loss, "base_loss": base_loss, "rise": loss - base_loss, "kl": kl, "labels": labels}

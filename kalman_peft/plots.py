@@ -1,7 +1,7 @@
 """Figures, with matplotlib (`pip install kalman_peft[plots]`), which is imported when one is drawn."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .metrics import Matrix, check_matrix
@@ -62,6 +62,52 @@ def plot_accuracy_matrix(
         if path is not None:
             figure.savefig(path, dpi=150)
     return figure
+
+
+def plot_training(
+    history: Sequence[Mapping[str, Any]], path: str | os.PathLike | None = None, *, title: str = "Learning and keeping"
+) -> "Figure":
+    """Training loss, and what was measured or predicted of forgetting, over the steps.
+
+    Args:
+        history (`Sequence[Mapping[str, Any]]`): `trainer.state.log_history`, or that of trainer_state.json.
+        path (`str` or `os.PathLike`, *optional*): Where to save it; the ending says in which format.
+        title (`str`, *optional*): Heading.
+
+    Returns:
+        `Figure`: That of matplotlib.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: The history holds no losses.
+    """
+    mpl, figure_class, canvas_class = _matplotlib()
+    learning = {name: _series(history, name) for name in ("loss", "eval_loss")}
+    keeping = {name: _series(history, name) for name in ("source/rise", "laplace/drift", "laplace/penalty")}
+    keeping = {name: series for name, series in keeping.items() if series[0]}
+    if not learning["loss"][0] and not learning["eval_loss"][0]:
+        raise ValueError("history holds no losses; was anything logged (logging_steps)?")
+    panels = [("loss (nats/token)", learning)] + ([("forgetting (nats/token)", keeping)] if keeping else [])
+    with mpl.rc_context({"font.size": 10, "axes.titlelocation": "left", "legend.frameon": False}):
+        figure = figure_class(figsize=(4.4 * len(panels), 3.2), layout="constrained")
+        canvas_class(figure)
+        for axes, (label, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            for name, (steps, values) in curves.items():
+                if steps:
+                    axes.plot(steps, values, marker="." if len(steps) < 40 else None, label=name)
+            axes.set_xlabel("step")
+            axes.set_ylabel(label)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.legend()
+        figure.suptitle(title)
+        if path is not None:
+            figure.savefig(path, dpi=150)
+    return figure
+
+
+def _series(history: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    found = [(entry["step"], entry[name]) for entry in history if name in entry and "step" in entry]
+    return [step for step, _ in found], [value for _, value in found]
 
 
 def _hatched(mpl: Any, row: int, column: int) -> Any:

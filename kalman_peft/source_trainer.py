@@ -1,5 +1,6 @@
 """SourceMixin: source data inside a Hugging Face Trainer: where they come from, how they are read, what they cost."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -48,8 +49,18 @@ class SourceMixin(_TrainerBase):
         self._losses_start: dict[str, float] = {}  # held-out loss per source
         self._losses: dict[str, float] = {}
         super().__init__(model, args, *posargs, **kwargs)
+        if self._sources is not None:
+            self._sources = replace(
+                self._sources,
+                fit={name: self._prepare_source(part, name) for name, part in self._sources.fit.items()},
+                heldout={name: self._prepare_source(part, name) for name, part in self._sources.heldout.items()},
+            )
         if self._writes_source:
             refuse_other_tasks(self.model)
+
+    def _prepare_source(self, rows: Any, name: str) -> Any:
+        """What the Trainer does to its training data before it batches them: nothing, here."""
+        return rows
 
     def _split(self, dataset: Any, args: Any) -> Sources:
         return split_sources(

@@ -54,6 +54,8 @@ class KalmanMixin(BeliefMixin):
         TypeError: `args` has no Kalman fields.
     """
 
+    _takes_peft_config = False  # whether the Trainer behind puts the adapter on the model itself
+
     def __init__(
         self,
         model: Any = None,
@@ -67,7 +69,9 @@ class KalmanMixin(BeliefMixin):
     ):
         if not isinstance(args, KalmanArguments):
             raise TypeError(f"args must be a KalmanConfig, got {type(args).__name__}.")
-        if peft_config is not None:
+        if peft_config is not None and self._takes_peft_config:
+            kwargs["peft_config"] = peft_config
+        elif peft_config is not None:
             model = with_adapter(model, peft_config, getattr(args, "seed", 42))
         given = kwargs.get("optimizers", (None, None))[0]
         if args.uses_loko and given is not None:

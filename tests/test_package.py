@@ -8,9 +8,9 @@ import kalman_peft
 
 
 def test_import_is_lazy():
-    code = "import sys, json, kalman_peft; print(json.dumps([m in sys.modules for m in ('torch', 'transformers', 'peft')]))"
+    code = "import sys, json, kalman_peft; print(json.dumps([m in sys.modules for m in ('torch', 'transformers', 'peft', 'trl')]))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout) == [False, False, False]
+    assert json.loads(done.stdout) == [False] * 4
 
 
 def test_public_names_resolve_and_unknown_ones_do_not():
@@ -25,3 +25,13 @@ def test_package_data_is_there():
 
     assert (files("kalman_peft") / "model_card_template.md").is_file()
     assert (files("kalman_peft") / "py.typed").is_file()
+
+
+def test_the_command_line_is_installed():
+    import tomllib
+    from importlib.metadata import EntryPoint
+    from pathlib import Path
+
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    value = project["scripts"]["kalman-peft"]
+    assert EntryPoint("kalman-peft", value, "console_scripts").load() is kalman_peft.cli.main

@@ -156,14 +156,14 @@ def load_adapter(model: Any, folder: Path, fingerprint: str | None = None) -> No
     set_peft_model_state_dict(model, tensors, adapter_name=name)
 
 
-def write_moved_adapter(source: Path, folder: Path, mean: Mapping[str, Tensor], fingerprint: str) -> None:
+def write_moved_adapter(source: Path, folder: Path, mean: Mapping[str, Tensor], fingerprint: str | None) -> None:
     """A saved adapter with other factors; what else it holds stays.
 
     Args:
         source (`Path`): Folder of the adapter.
         folder (`Path`): Where the new one goes.
         mean (`Mapping[str, Tensor]`): A and B by key.
-        fingerprint (`str`): Of the adapter in `source`.
+        fingerprint (`str`, *optional*): That the adapter in `source` must have.
     """
     tensors = read_adapter(source, fingerprint)
     moved = {key: mean[key].to(t).contiguous() if key in mean else t for key, t in tensors.items()}

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from ..plots import plot_accuracy_matrix
 from .evaluation import metric_of, score_matrix
 from .files import fill, with_remedy, write_moved_adapter
 from .sharing import push
-from .store import Entry, Store
+from .store import INDEX, Entry, Store, read_learner
 from .stored import Stored, StoredByName
 
 
@@ -31,6 +31,31 @@ class History:
 
     def __init__(self, folder: Path, metric: str | None):
         self.store, self.metric = Store(folder.absolute()), metric
+
+    @classmethod
+    def from_folder(cls, folder: str | os.PathLike, metric: str | None = None) -> Self:
+        """Read a learner's folder without its model, to smooth, measure and share what was learnt.
+
+        Args:
+            folder (`str` or `os.PathLike`): The learner's `output_dir`.
+            metric (`str`, *optional*): See [`ContinualLearner`].
+
+        Returns:
+            `History`: Of the finished tasks.
+
+        Raises:
+            FileNotFoundError: There is no learner.
+            BeliefError: Something is missing or damaged.
+        """
+        history = cls(Path(folder), metric)
+        index, history.store.entries, history.store.start = read_learner(history.store.folder)
+        if index is None:
+            raise FileNotFoundError(f"{folder} is no folder of a ContinualLearner: it has no {INDEX}.")
+        history.store.options = (
+            index["options"] or index.get("kept") or {}
+        )  # a copy that was not gone on from keeps them
+        history.rank = history.store.options.get("rank")
+        return history
 
     @property
     def tasks(self) -> list[Entry]:
