@@ -186,6 +186,15 @@ def test_evaluate_gives_losses_and_divergence(place, capsys):
     assert divergence_from_base(model, [dict(batch)])["kl"] == pytest.approx(found["kept"]["kl"], rel=1e-5)
 
 
+def test_divergence_raises_when_there_is_nothing_to_compare():
+    batch = {"input_ids": torch.tensor([[6, 7, 8]]), "labels": torch.tensor([[-100, -100, -100]])}
+    model = sft.model()
+    with pytest.raises(ValueError, match="no labels that count"):
+        divergence_from_base(model, [batch])
+    with pytest.raises(TypeError, match="must be a PeftModel"):
+        divergence_from_base(model.unload(), [batch])
+
+
 def test_report_of_a_training(place, capsys):
     folder = trained(place, "out")
     assert call("report", folder) == 0
@@ -255,6 +264,8 @@ def test_failures_are_one_line_and_with_debug_a_traceback(tmp_path, capsys, plac
     assert error.count("\n") == 1 and error.startswith("kalman-peft report: error: ") and "holds nothing" in error
     assert call(*arguments, "--debug") == 1
     assert "Traceback" in capsys.readouterr().err
+    assert call("smooth", tmp_path) == 1
+    assert "is no folder of a ContinualLearner" in capsys.readouterr().err
     (tmp_path / "chat.jsonl").write_text('{"messages": []}\n')
     assert call("train", "--model", place / "model", "--dataset", tmp_path / "chat.jsonl", *RUN) == 1
     assert "--sft` takes conversations" in capsys.readouterr().err

@@ -165,11 +165,11 @@ def test_resume_equals_not_stopping(tmp_path, optimizer, packing):
 
 
 def test_loko_sees_what_the_model_without_packing_sees(tmp_path):
-    # The same four sequences, in one row and padded: the same loss and the same step, if nothing is drawn.
+    # The same two sequences, in one row and padded: the same loss and the same step, if nothing is drawn.
     found = []
     for options in ({"max_length": 16}, {"padding_free": True, "max_length": None}):
         run = trainer(
-            tmp_path, sft.model(torch.float64), train=sft.pairs(4), optimizer="loko", loko_columns="exact", loko_max_columns=1000,
+            tmp_path, sft.model(torch.float64), train=sft.pairs(2), optimizer="loko", loko_columns="exact", loko_max_columns=1000,
             max_steps=1, **options,
         )  # fmt: skip
         run.train()
@@ -185,6 +185,8 @@ def test_loko_logs_the_loss_of_the_fused_head(tmp_path):
         run = trainer(tmp_path, train=sft.pairs(4), optimizer=optimizer, max_steps=1)
         run.train()
         losses.append(run.state.log_history[0]["loss"])
+        seen = run.evaluate(sft.pairs(4))
+        assert seen["eval_num_tokens"] == run.state.log_history[0]["num_tokens"] and seen["eval_loss"] > 0
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
