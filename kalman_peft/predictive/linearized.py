@@ -47,7 +47,7 @@ def linearized(
 
     Exact by default: C backward passes for C logits per row, and memory for a Jacobian of some rows (their number is
     chosen so that it stays below 2^26 entries). With `samples` the covariance is estimated from so many forward-mode
-    passes, each about three forward passes, for as many logits as there are; its relative error is about
+    passes, each some three to five forward passes, for as many logits as there are; its relative error is about
     sqrt(2 / samples).
 
     Args:

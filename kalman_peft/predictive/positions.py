@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from .covariances import FactorCovariance, LoraMoments
-from .moments import linear_variance, variance_dtype
+from .moments import BLOCK, linear_variance, variance_dtype
 from .tensor import MomentTensor, mean_of, variance_of
 
 
-MIXED = 2**21  # entries of mixed inputs that are held at once: several of that size exist, beside a small forward's
+MIXED = 2**18  # entries of mixed inputs that are held at once, or as many as the layer's inputs if these are more
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,8 @@ def _through_layer(
 
     def mix(mixing: Tensor) -> Tensor:
         mixing = mixing.expand(x.shape[0], len(rows_of_a), -1, -1)
-        size = max(1, MIXED // (x.shape[-1] * x.shape[0] * len(rows_of_a)))
+        entries = min(max(MIXED, x.numel()), BLOCK)
+        size = max(1, entries // (x.shape[-1] * x.shape[0] * len(rows_of_a)))
         return torch.cat([block(part) for part in mixing.split(size, -2)], -2)
 
     return mix
