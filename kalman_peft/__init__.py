@@ -19,6 +19,7 @@ _MODULE_OF = {
     "ForgettingBudget": "laplace",
     "GaussianObservation": "observations",
     "HubError": "hub",
+    "ImaCallback": "ima",
     "KalmanConfig": "config",
     "KalmanMixin": "trainer",
     "KalmanTrainer": "trainer",
@@ -63,6 +64,7 @@ __all__ = [
     "ForgettingBudget",
     "GaussianObservation",
     "HubError",
+    "ImaCallback",
     "KalmanConfig",
     "KalmanMixin",
     "KalmanTrainer",
@@ -119,6 +121,7 @@ if TYPE_CHECKING:
         update,
     )
     from .hub import HubError
+    from .ima import ImaCallback
     from .interchange import belief_from_fisher, save_fisher, to_laplace_torch
     from .laplace import ForgettingBudget
     from .lineage import data_fingerprint

@@ -152,7 +152,9 @@ def test_a_killed_grid_goes_on(arguments, tmp_path, fake, monkeypatch):
 def test_seeds_of_the_report_run_what_tuning_chose(arguments, tmp_path, fake, monkeypatch):
     done, train = [], fake.train
     monkeypatch.setattr(fake, "train", lambda method, job: done.append((method, job.seed)) or train(method, job))
-    given = arguments(methods=[{"lora": {"lr": [0.05, 0.2]}}, {"wise": {"alpha": "0.1/0.3"}}], tune_seeds=[9], points=1)
+    given = arguments(
+        methods=[{"lora": {"lr": [0.05, 0.2]}}, {"wise": {"alpha": "0.1/0.3"}}], tune_seeds=[9], points=1
+    )
     result = recipe.main(given)["tiny"]
     chosen = {name: family["tuned"] for name, family in result["families"].items()}
     assert done[:3] == [("lora:lr=0.05", 9), ("lora:lr=0.2", 9), ("wise:alpha=0.1/0.3", 9)] and not result["missing"]
