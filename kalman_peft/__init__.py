@@ -20,7 +20,10 @@ _MODULE_OF = {
     "GaussianObservation": "observations",
     "HubError": "hub",
     "ImaCallback": "ima",
+    "KalmanAdapter": "kbt",
     "KalmanConfig": "config",
+    "KalmanDecisionTransformer": "kbt",
+    "KalmanFeedforward": "kbt",
     "KalmanMixin": "trainer",
     "KalmanTrainer": "trainer",
     "LaplaceCallback": "callbacks",
@@ -65,7 +68,10 @@ __all__ = [
     "GaussianObservation",
     "HubError",
     "ImaCallback",
+    "KalmanAdapter",
     "KalmanConfig",
+    "KalmanDecisionTransformer",
+    "KalmanFeedforward",
     "KalmanMixin",
     "KalmanTrainer",
     "LaplaceCallback",
@@ -123,6 +129,7 @@ if TYPE_CHECKING:
     from .hub import HubError
     from .ima import ImaCallback
     from .interchange import belief_from_fisher, save_fisher, to_laplace_torch
+    from .kbt import KalmanAdapter, KalmanDecisionTransformer, KalmanFeedforward
     from .laplace import ForgettingBudget
     from .lineage import data_fingerprint
     from .loko import LoKO, LoKOOptions, create_loko_optimizer
