@@ -188,12 +188,13 @@ class KalmanNetwork:
             changes = {}
             for name, gaussian in self.gaussians.items():
                 v = scaled[name]
-                rows = gaussian.rows()
+                whitened, rows = torch.einsum("km,mni->kni", gain, v), gaussian.rows()
                 if residual is not None:
                     rows = rows + gaussian.shifted(v, gain.mT @ residual)
-                changes[name] = (rows, gaussian.reduced(torch.einsum("km,mni->kni", gain, v)))
-            if not all(torch.isfinite(part).all() for change in changes.values() for part in change):
-                raise ValueError(_NOT_FINITE)
+                # What is taken off a factor is finite if these are.
+                if not (torch.isfinite(whitened).all() and torch.isfinite(rows).all()):
+                    raise ValueError(_NOT_FINITE)
+                changes[name] = (rows, gaussian.reduced(whitened))
             for name, (rows, factor) in changes.items():
                 self.gaussians[name].write(rows, factor)
         return seen

@@ -134,7 +134,7 @@ class RowGaussian:
         # (1 - sqrt(1 - g)) / g, without cancellation
         shrink = 1 / (1 + (1 - values).sqrt())
         turned = vectors.mT @ rows  # (N, M, d')
-        return self.factor - (self.factor @ turned.mT) @ (shrink[..., None] * turned)
+        return torch.baddbmm(self.factor, self.factor @ turned.mT, shrink[..., None] * turned, alpha=-1)
 
     @torch.no_grad()
     def relaxed(self, share: float) -> Tensor:
