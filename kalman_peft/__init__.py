@@ -19,7 +19,11 @@ _MODULE_OF = {
     "ForgettingBudget": "laplace",
     "GaussianObservation": "observations",
     "HubError": "hub",
+    "ImaCallback": "ima",
+    "KalmanAdapter": "kbt",
     "KalmanConfig": "config",
+    "KalmanDecisionTransformer": "kbt",
+    "KalmanFeedforward": "kbt",
     "KalmanMixin": "trainer",
     "KalmanSFTConfig": "sft",
     "KalmanSFTTrainer": "sft",
@@ -68,7 +72,11 @@ __all__ = [
     "ForgettingBudget",
     "GaussianObservation",
     "HubError",
+    "ImaCallback",
+    "KalmanAdapter",
     "KalmanConfig",
+    "KalmanDecisionTransformer",
+    "KalmanFeedforward",
     "KalmanMixin",
     "KalmanTrainer",
     "LaplaceCallback",
@@ -126,7 +134,9 @@ if TYPE_CHECKING:
         update,
     )
     from .hub import HubError
+    from .ima import ImaCallback
     from .interchange import belief_from_fisher, save_fisher, to_laplace_torch
+    from .kbt import KalmanAdapter, KalmanDecisionTransformer, KalmanFeedforward
     from .laplace import ForgettingBudget
     from .lineage import data_fingerprint
     from .loko import LoKO, LoKOOptions, create_loko_optimizer

@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from . import precision
 from .curvature.fisher import FISHERS, REDUCTIONS, kinds_for, resolve_reduction
 from .curvature.memory import DEFAULT_RANK, SPACES, STRUCTURES, check_structure
+from .ima import FACTORS, check_ima
 from .laplace import FORMS, SCHEDULES
 from .loko import BELIEF_MODES, MEMORIES, LoKOOptions, check_options
 from .loko.options import COLUMNS, GAINS, MODES, PRIORS, parse_noise
@@ -100,6 +101,14 @@ class KalmanArguments:
             With `source_dataset="self"`: tokens per sequence that the base model writes.
         source_self_prompts (`list[str]`, *optional*):
             With `source_dataset="self"`: texts to start from, in place of the BOS token.
+
+    > Parameters that control the shape of the adapter (with any optimizer but LoKO)
+
+    Args:
+        ima_weight (`float`, *optional*, defaults to 0.0):
+            Weight of the independent-mechanism contrast of the adapter's factors, see [`ImaCallback`]. 0 is off.
+        ima_factors (`str`, *optional*, defaults to `"both"`): "b": columns of B. "a": rows of A. "both".
+        ima_epsilon (`float`, *optional*, defaults to 1e-3): Columns much shorter than its square root are left alone.
     """
 
     optimizer: str | None = field(
@@ -217,6 +226,13 @@ class KalmanArguments:
     )
     source_self_prompts: list[str] | None = field(
         default=None, metadata={"help": "Texts that self-written sequences start from, in place of the BOS token."}
+    )
+    ima_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the independent-mechanism contrast of the adapter's factors."}
+    )
+    ima_factors: str = field(default="both", metadata={"help": f"Factors that it keeps apart, one of {FACTORS}."})
+    ima_epsilon: float = field(
+        default=1e-3, metadata={"help": "Columns much shorter than its square root are left alone by the contrast."}
     )
 
     learning_rate: float | None = field(  # type: ignore[assignment]
@@ -345,6 +361,9 @@ class KalmanArguments:
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}.")
         self.source_weights = parse_weights(self.source_weights)
+        check_ima(self.ima_weight, self.ima_factors, self.ima_epsilon, self.uses_loko)
+        if not self.ima_weight:
+            self._warn_unused("ima_", "ima_weight")
         self._check_strength()
         for name, least in _LEAST.items():
             value = getattr(self, name)

@@ -17,6 +17,7 @@ from .compiled import keep_saved_tensors, whole_batch_columns
 from .config import KalmanArguments
 from .curvature.fisher import default_forward
 from .curvature.sequences import find_segments
+from .ima import ImaCallback
 from .loko import LoKO, create_loko_optimizer
 from .observations import Observation
 from .quantized import keep_differentiable
@@ -96,6 +97,10 @@ class KalmanMixin(BeliefMixin):
                 "LaplaceCallback adds to `.grad`, which LoKO does not read; pass the belief as `belief=`, which is "
                 "then LoKO's prior."
             )
+        self._ima = ImaCallback(args.ima_weight, args.ima_factors, args.ima_epsilon) if args.ima_weight else None
+        if self._ima is not None:
+            refuse_scaled_or_sharded(self.args, "ima_weight", self.accelerator)
+            self.add_callback(self._ima)
         if self._has_source and self.model_init is not None:
             raise ValueError("model_init makes a new adapter for each run, which a belief or source data do not fit.")
         keep_differentiable(self.model)
@@ -223,7 +228,7 @@ class KalmanMixin(BeliefMixin):
         super().log(logs, start_time)
 
     def _kalman_metrics(self) -> dict[str, float]:
-        metrics = self._belief_metrics()
+        metrics = self._belief_metrics() | (self._ima.metrics() if self._ima is not None else {})
         optimizer = self._kalman
         if optimizer is not None:
             seen = {name: float(value) for name, value in optimizer.diagnostics.items()}

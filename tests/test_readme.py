@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from predictive import diagonal_belief, make_inputs, make_model
 from training import dataset
-from transformers import DataCollatorForSeq2Seq
+from transformers import DataCollatorForSeq2Seq, DecisionTransformerConfig, DecisionTransformerModel
 
 import kalman_peft
 from kalman_peft import AdapterState, Belief, ContinualLearner
@@ -134,10 +134,37 @@ def test_predicting_by_every_method(prepared):
     assert found["found"].covariance.shape == (rows, 3, 3) and found["fitted"].scale > 0
 
 
+def test_kalman_bayesian_networks(prepared):
+    torch.manual_seed(0)
+    config = DecisionTransformerConfig(
+        state_dim=3,
+        act_dim=2,
+        hidden_size=16,
+        n_layer=1,
+        n_head=2,
+        n_inner=16,
+        max_ep_len=32,
+        activation_function="relu",
+    )
+    inputs = {
+        "states": torch.randn(2, 4, 3), "actions": torch.randn(2, 4, 2), "returns_to_go": torch.randn(2, 4, 1),
+        "timesteps": torch.arange(4).expand(2, 4),
+    }  # fmt: skip
+    classifier, batch = make_model("bert"), make_inputs("bert")
+    found = run(
+        block_of("Kalman Bayesian networks"),
+        prepared
+        | {"decision_transformer": DecisionTransformerModel(config), "inputs": inputs, "actions": torch.randn(2, 2)}
+        | {"peft_model": classifier, "ids": batch["input_ids"], "mask": batch["attention_mask"]}
+        | {"labels": torch.arange(len(batch["input_ids"])) % 3},
+    )
+    assert found["mean"].shape == found["variance"].shape == (2, 2) and bool((found["variance"] > 0).all())
+
+
 def test_every_block_is_run_or_says_why_not():
     tested = {
         "In your own script", "With TRL", "LoKO: an optimizer without a learning rate", "Task after task",
-        "Predicting with uncertainty",
+        "Predicting with uncertainty", "Kalman Bayesian networks",
     }  # fmt: skip
     assert len(BLOCKS) == README.count("```python")
     twice = ["Predicting with uncertainty"]

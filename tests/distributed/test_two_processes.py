@@ -12,7 +12,7 @@ import torch
 WORKER = str(Path(__file__).with_name("worker.py"))
 TASKS = "curvature,sharded,adamw,adamw_accumulated,budget,loko,loko_accumulated,sources,evidence,written"
 EXACT = ("curvature", "sharded", "loko", "loko_accumulated", "filters", "filters_accumulated", "skipped")
-TASKS += ",filters,filters_accumulated,skipped,continual"
+TASKS += ",ima,filters,filters_accumulated,skipped,continual"
 
 
 def launch(tasks, out, processes):

@@ -322,6 +322,7 @@ def main(task, out):
         "failure_sharded": lambda o: failure(o, shard=True),
         "adamw": lambda o: train(o, "adamw_torch"),
         "adamw_accumulated": lambda o: train(o, "adamw_torch", 2),
+        "ima": lambda o: train(o, "adamw_torch", ima_weight=0.3),
         "budget": lambda o: train(o, "adamw_torch", forgetting_budget=1e-3),
         "sources": sources,
         "evidence": lambda o: train(o, "adamw_torch", **EVIDENCE),

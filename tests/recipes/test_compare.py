@@ -462,6 +462,20 @@ def test_the_report_is_what_a_hand_computes(fake, tmp_path, capsys):
     assert summarise(given, lambda *_: None)["families"] == {}
 
 
+def test_the_rank_that_is_used_is_shown_where_all_records_know_it(tmp_path):
+    given = make(methods=[{"lora": {"lr": [1, 2]}}], seeds=[0, 1], sources=["wiki", "math"], choices={"arc": 4})
+    records = {(f"lora:lr={rate}", seed): a_record(3.0, 1.1, 2.1) for rate in (1, 2) for seed in (0, 1)}
+    for (setting, seed), record in records.items():
+        if setting == "lora:lr=1" or seed == 0:  # the other record is of an earlier version
+            record["kalman_peft"]["figures"] = {"rank/effective": 2.5 + seed, "train/loss": 1.0}
+    result = summarise(given, lambda setting, seed: records.get((setting, seed)))
+    assert result["settings"]["lora:lr=1"]["rank"]["mean"] == pytest.approx(3.0)
+    assert "rank" not in result["settings"]["lora:lr=2"]
+    write_report(given, result, tmp_path, recipe.Console(width=250))
+    text = (tmp_path / "report.md").read_text()
+    assert "| rank used |" in text and "| 3.00 [2.50, 3.50] |" in text
+
+
 def test_the_points_that_run_are_those_of_the_largest_hypervolume():
     given = make(methods=["lora"], tune_seeds=[5, 6], points=3, sources=["wiki", "math"])
     places = {  # target loss and forgetting, base model (4, 0), corner (4, .5)

@@ -17,6 +17,7 @@ from recipe_tools.methods import canonical, points, read_method
         ("laplace:structure=kronecker,samples=64.0", "laplace:strength=100"),
         ("laplace:budget=5e-2,source=self", "laplace:source=self,budget=0.05"),
         ("init:weights=pissa_niter_4", "init:weights=pissa_niter_4"),
+        ("ima:weight=.10,factors=both", "ima:weight=0.1"),
         ("loko:prior=10.0,memory=diagonal", "loko:prior=10,memory=diagonal"),
     ],
 )
@@ -68,6 +69,9 @@ def test_points_are_names_of_their_own():
         ("laplace:source=proxy,fisher=empirical", "the target's own labels"),
         ("laplace:structure=diagonal,rank=4", "rank=4 has no effect"),
         ("laplace:replay=1", r"replay must be a number in \[0, 1\)"),
+        ("ima:weight=-1", r"weight must be a number in \[0, inf\)"),
+        ("ima:factors=c", "factors must be one of both, a, b"),
+        ("ima:weight=0,factors=a", "factors= has no effect with weight=0"),
         ("loko:samples=8", "samples: no effect with prior=0"),
         ("loko:mode=prior", "mode: no effect with prior=0"),
         ("loko:prior=1,mode=prior", "needs space=adapter"),

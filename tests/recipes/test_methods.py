@@ -139,6 +139,7 @@ def plain_run(make_job):
 METHODS = {
     "lora:lr=1e-3": {}, "lora:schedule=constant": {}, "lora:schedule=inverse": {}, "lora_plus": {}, "lora_fa": {},
     "l2:strength=1": {}, "ewc:strength=1,samples=8": {}, "ewc_dw:strength=1,samples=8": {}, "kl:strength=3": {},
+    "ima:weight=0.1": {}, "ima:weight=0.1,factors=b": {},
     "init:weights=pissa": {}, "init:weights=pissa_niter_2": {}, "init:weights=olora": {}, "init:weights=mica": {},
     "init:weights=orthogonal": {}, "init:weights=gaussian": {}, "init:weights=eva,samples=12": {},
     "osf": {}, "osf:keep=rank": {},
@@ -175,6 +176,8 @@ def test_trains_in_the_same_order_and_differs_from_plain_lora(method, make_job, 
         believes or method.startswith(("l2", "osf")) or any(name in method for name in inits.SUBTRACTED)
     )
     assert ("kalman/trust" in trained.figures) == method.startswith("loko")
+    assert ("ima/contrast" in trained.figures) == method.startswith("ima")
+    assert ("rank/effective" in trained.figures) != method.startswith("osf")
 
 
 def test_all_kinds_are_tested():

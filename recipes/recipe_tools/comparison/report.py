@@ -70,8 +70,9 @@ def settings_table(scenario: Scenario, result: Mapping[str, Any]) -> Table:
     """Every setting with its costs; see [`tuned_table`]."""
     columns = {
         "target_loss": ("target loss", ".3f"), "accuracy": ("accuracy", ".3f"), "forgetting": ("forgetting", "+.3f"),
-        "kl": ("KL, source", ".3f"), "target_kl": ("KL, target", ".3f"), "seconds": ("seconds", ".1f"),
-        "setup_seconds": ("set-up, s", ".1f"), "peak_mib": ("peak, MiB", ".0f"), "extra_mib": ("kept, MiB", ".2f"),
+        "kl": ("KL, source", ".3f"), "target_kl": ("KL, target", ".3f"), "rank": ("rank used", ".2f"),
+        "seconds": ("seconds", ".1f"), "setup_seconds": ("set-up, s", ".1f"), "peak_mib": ("peak, MiB", ".0f"),
+        "extra_mib": ("kept, MiB", ".2f"),
     }  # fmt: skip
     found = result["settings"]
     shown = {key: how for key, how in columns.items() if any(key in row for row in found.values())}

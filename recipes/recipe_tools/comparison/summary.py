@@ -40,7 +40,8 @@ def figures_of(record: Record, plane: Sequence[str]) -> Figures:
     Returns:
         `dict[str, float]`: `target_loss`, `target_kl`, `forgetting`, `kl` (mean over the same sources), by source
         `rise/NAME` and `kl/NAME`, by task `accuracy/NAME` (its change), `lost/NAME` and `won/NAME` (items), `accuracy`
-        where answers were generated, `seconds`, `setup_seconds`, `peak_mib` and `extra_mib`.
+        where answers were generated, `rank` of LoRA adapters (directions that B A uses, mean over the layers),
+        `seconds`, `setup_seconds`, `peak_mib` and `extra_mib`.
     """
     own = record["kalman_peft"]
     before, after, change = own["before"], own["after"], own["change"]
@@ -55,6 +56,8 @@ def figures_of(record: Record, plane: Sequence[str]) -> Figures:
         found |= {f"{key}/{name}": float(n) for key, n in change["choices"][name]["flips"].items()}
     found["forgetting"] = fmean(found[f"rise/{name}"] for name in plane)
     found["kl"] = fmean(found[f"kl/{name}"] for name in plane)
+    if "rank/effective" in own.get("figures", {}):
+        found["rank"] = own["figures"]["rank/effective"]
     found |= {"seconds": own["seconds"], "setup_seconds": own["setup_seconds"]}
     found |= {"peak_mib": own["peak_bytes"] / MIB, "extra_mib": own["extra_bytes"] / MIB}
     return found
@@ -181,7 +184,8 @@ def _together(points: Mapping[str, Point], count: int, corner: Point) -> list[st
 
 
 def _over_seeds(runs: Sequence[Figures]) -> dict[str, Interval]:
-    return {key: interval([run[key] for run in runs]) for key in runs[0]}
+    common = [key for key in runs[0] if all(key in run for run in runs)]  # records of earlier versions know fewer
+    return {key: interval([run[key] for run in runs]) for key in common}
 
 
 class _Family:

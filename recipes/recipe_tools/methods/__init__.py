@@ -2,8 +2,8 @@
 
 A method is KIND or KIND:OPTION=VALUE,... Whatever the kind, an adapter that starts as ordinary LoRA starts alike, rows
 come in the same order, and training is [`KalmanTrainer`]'s. Kinds, with their modules:
-- lora, wise, lora_plus, lora_fa (`plain`); l2, ewc, ewc_dw (`penalties`); kl (`masked_kl`); replay, joint (`replay`);
-  init, osf (`inits`); laplace, loko (`ours`).
+- lora, wise, lora_plus, lora_fa (`plain`); l2, ewc, ewc_dw, ima (`penalties`); kl (`masked_kl`); replay, joint
+  (`replay`); init, osf (`inits`); laplace, loko (`ours`).
 
 `lora:stop=0.25/0.5/1` and `wise:alpha=0.25/0.5` are several points of one training: [`points`] names them.
 """
@@ -11,6 +11,11 @@ come in the same order, and training is [`KalmanTrainer`]'s. Kinds, with their m
 from __future__ import annotations
 
 from typing import Any
+
+from peft import PeftType
+
+from kalman_peft import AdapterState
+from kalman_peft.ima import effective_ranks
 
 from . import inits, masked_kl, ours, penalties, plain, replay
 from .options import Kind, read_options, spell
@@ -91,11 +96,16 @@ def train(method: str, job: Job) -> list[tuple[str, Trained]]:
 
     Returns:
         `list[tuple[str, Trained]]`: By canonical name, see [`points`]; models of one training share their base
-        weights.
+        weights. A LoRA adapter's `figures` have "rank/effective": how many directions B A uses, mean over the layers.
 
     Raises:
         ValueError: See [`read_method`]; or the job has too few rows for the method.
     """
     kind, options = read_method(method)
     found = KINDS[kind].run(Run(job), options)
+    for _, trained in found:
+        config = getattr(trained.model, "peft_config", {}).get("default")
+        if getattr(config, "peft_type", None) == PeftType.LORA:
+            ranks = effective_ranks(AdapterState(trained.model, warn_excluded=False))
+            trained.figures["rank/effective"] = float(ranks.mean())
     return [(spell(kind, KINDS[kind], options | own), trained) for own, trained in found]

@@ -20,7 +20,7 @@ from kalman_peft.trainer import with_adapter
 from ..meters import PeakMemory, now
 
 
-LOGGED = ("laplace/", "kalman/", "source/")
+LOGGED = ("laplace/", "kalman/", "source/", "ima/")
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class Trained:
         peak_kind (`str`): What that is: "cuda allocation", "resident set", or "resident set of the process" where the
             high-water mark cannot be reset, so that earlier runs of the process may hide this one.
         extra_bytes (`int`): What has to be kept beside an ordinary adapter: a belief, replayed rows, a start.
-        figures (`dict[str, float]`): Last logged values ("laplace/...", "kalman/...", "source/...", "train/loss"), and
-            the method's own.
+        figures (`dict[str, float]`): Last logged values ("laplace/...", "kalman/...", "source/...", "ima/...",
+            "train/loss"), and the method's own.
     """
 
     model: Any
