@@ -1,6 +1,6 @@
 """Adapt a decision transformer, sample by sample, to a pendulum whose dynamics shift.
 
-    python recipes/decision_transformer.py                     # a quarter of an hour on one core; no hub, no gymnasium
+    python recipes/decision_transformer.py                                            # no hub, no gymnasium
 
 A small decision transformer learns from a linear-quadratic expert to balance an inverted pendulum. Then mass, length
 and friction change, three times. After each shift the expert, who knows the new dynamics, shows --episodes of --length
