@@ -10,7 +10,15 @@ from conftest import make_batch
 from datasets import Dataset, IterableDataset
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from kalman_peft import AdapterState, Belief, KalmanConfig, KalmanSFTConfig, KalmanSFTTrainer, LaplaceCallback
+from kalman_peft import (
+    AdapterState,
+    Belief,
+    KalmanConfig,
+    KalmanSFTConfig,
+    KalmanSFTTrainer,
+    KalmanTrainer,
+    LaplaceCallback,
+)
 
 
 TOKENIZER = sft.tokenizer()
@@ -274,6 +282,8 @@ def test_raises_when_loko_cannot(tmp_path, options, message):
 def test_raises_when_args_are_of_another_trainer(tmp_path):
     with pytest.raises(TypeError, match="must be a KalmanSFTConfig, got KalmanConfig"):
         KalmanSFTTrainer(model=sft.model(), args=KalmanConfig(str(tmp_path), use_cpu=True), train_dataset=sft.texts())
+    with pytest.raises(TypeError, match="KalmanTrainer would ignore; use KalmanSFTTrainer"):
+        KalmanTrainer(model=sft.model(), args=KalmanSFTConfig(str(tmp_path), **sft.SFT), train_dataset=sft.texts())
 
 
 def test_raises_when_the_source_has_no_labels_left(tmp_path):
