@@ -72,8 +72,8 @@ class KalmanMixin(BeliefMixin):
             raise TypeError(f"args must be a KalmanConfig, got {type(args).__name__}.")
         if hasattr(args, "packing") and not hasattr(self, "_prepare_dataset"):
             raise TypeError(
-                f"{type(args).__name__} holds options of TRL (packing, max_length, ...) that {type(self).__name__} would "
-                "ignore; use KalmanSFTTrainer, or a KalmanConfig."
+                f"{type(args).__name__} holds options of TRL (packing, max_length, ...) that {type(self).__name__} "
+                "would ignore; use KalmanSFTTrainer, or a KalmanConfig."
             )
         if peft_config is not None and self._takes_peft_config:
             kwargs["peft_config"] = peft_config
