@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 # Okabe and Ito's palette: told apart by colour-blind readers; markers repeat the distinction for print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+MANY = 16  # methods beside the axes at the full size of letters
 FEW = 5  # methods whose legend finds a place inside the axes
 STYLE: dict[Any, Any] = {
     "font.size": 12,
@@ -114,7 +115,9 @@ def plot_plane(
         axes.set_ylabel(f"forgetting: rise of {source} loss\n(nats/token) →")
         axes.set_title(title)
         if beside:
-            figure.legend(loc="outside right upper")
+            # Of the figure's height, a name takes less where there are many.
+            size = STYLE["font.size"] * min(1.0, MANY / (len(runs) + 1))
+            figure.legend(loc="outside right upper", fontsize=size)
         else:
             axes.legend(loc="best")
         _save(figure, path)
