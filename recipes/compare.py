@@ -26,9 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from transformers import HfArgumentParser
 
-from recipe_tools.arguments import Help
+from recipe_tools.arguments import parsed
 from recipe_tools.comparison.pool import run_all
 from recipe_tools.comparison.report import write_report
 from recipe_tools.comparison.runner import Run, Runner
@@ -58,8 +57,7 @@ def parse(arguments: list[str]) -> tuple[Options, dict[str, Scenario]]:
     Returns:
         `tuple[Options, dict[str, Scenario]]`: The scenarios by name.
     """
-    parser = HfArgumentParser(Options, description=__doc__, formatter_class=Help)  # type: ignore[arg-type]
-    (o,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    parser, o = parsed(Options, __doc__, arguments)
     if o.processes < 1 or o.threads < 0:
         parser.error("--processes must be at least 1 and --threads at least 0")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -24,10 +24,9 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import HfArgumentParser
 from transformers.utils import logging
 
-from recipe_tools.arguments import Help
+from recipe_tools.arguments import parsed, refuse
 from recipe_tools.decision_report import cells, plot_phases, summarise
 from recipe_tools.decisions import EPISODE, Frozen, contexts, make_learner, pretrain, success_rate
 from recipe_tools.pendulum import Pendulum, demonstrate
@@ -88,8 +87,7 @@ def parse(arguments: list[str]) -> Options:
     Returns:
         `Options`: As given.
     """
-    parser = HfArgumentParser(Options, description=__doc__, formatter_class=Help)  # type: ignore[arg-type]
-    (o,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    parser, o = parsed(Options, __doc__, arguments)
     refusals = {
         f"--seeds and --tune_seeds share {set(o.seeds) & set(o.tune_seeds)}; tune on others": bool(
             set(o.seeds) & set(o.tune_seeds)
@@ -102,9 +100,7 @@ def parse(arguments: list[str]) -> Options:
         f"--length must be at most {EPISODE}": o.length > EPISODE,
         "--hidden must be even and positive": o.hidden < 2 or o.hidden % 2 == 1,
     }
-    for message, refused in refusals.items():
-        if refused:
-            parser.error(message)
+    refuse(parser, refusals)
     return o
 
 

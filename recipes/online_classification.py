@@ -27,10 +27,10 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
-from transformers import HfArgumentParser, set_seed
+from transformers import set_seed
 from transformers.utils import logging
 
-from recipe_tools.arguments import Help
+from recipe_tools.arguments import parsed, refuse
 from recipe_tools.labelled import TEXT_TASKS
 from recipe_tools.online_report import online_markdown, online_table, plot_online, summarise_runs
 from recipe_tools.prequential import RATED, Learner, Trace, canonical, run_stream, summarise, to_record
@@ -109,8 +109,7 @@ def parse(arguments: list[str]) -> Options:
     Returns:
         `Options`: With methods in their canonical form and `model` filled in.
     """
-    parser = HfArgumentParser(Options, description=__doc__, formatter_class=Help)  # type: ignore[arg-type]
-    (o,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    parser, o = parsed(Options, __doc__, arguments)
     text = o.task in TEXT_TASKS
     o.model = o.model or ("minilm" if text else "vit")
     refusals = {
@@ -128,9 +127,7 @@ def parse(arguments: list[str]) -> Options:
         "--rates and --tune_seeds are needed to tune methods without a rate": bool(set(o.methods) & RATED.keys())
         and not (o.rates and o.tune_seeds),
     }
-    for message, refused in refusals.items():
-        if refused:
-            parser.error(message)
+    refuse(parser, refusals)
     try:
         o.methods = list(dict.fromkeys(m if m in RATED else canonical(m) for m in o.methods))
     except ValueError as error:

@@ -21,9 +21,8 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import HfArgumentParser
 
-from recipe_tools.arguments import Help
+from recipe_tools.arguments import parsed, refuse
 from recipe_tools.continual_methods import Method, Training, run
 from recipe_tools.image_report import CAPTION, plot_all, summarise, table_cells
 from recipe_tools.image_tasks import KINDS, between_rotations, make_mlp, make_tasks
@@ -81,8 +80,7 @@ def parse(arguments: list[str]) -> Options:
     Returns:
         `Options`: With methods in their canonical form.
     """
-    parser = HfArgumentParser(Options, description=__doc__, formatter_class=Help)  # type: ignore[arg-type]
-    (o,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    parser, o = parsed(Options, __doc__, arguments)
     refusals = {
         f"--kind must be one of {KINDS}, got {o.kind!r}": o.kind not in KINDS,
         f"--data must be one of {DATA}, got {o.data!r}": o.data not in DATA,
@@ -96,9 +94,7 @@ def parse(arguments: list[str]) -> Options:
         "--learning_rate must be above 0 and finite": not 0 < o.learning_rate < math.inf,
         f"--seeds {o.seeds}: each must be in [0, 2^32)": not all(0 <= seed < 2**32 for seed in o.seeds),
     }  # fmt: skip
-    for message, refused in refusals.items():
-        if refused:
-            parser.error(message)
+    refuse(parser, refusals)
     # The same run twice would count as two.
     o.seeds, o.orders = list(dict.fromkeys(o.seeds)), list(dict.fromkeys(o.orders))
     try:

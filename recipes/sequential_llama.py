@@ -43,7 +43,7 @@ from transformers.utils import logging
 
 from kalman_peft import AdapterState, KalmanConfig
 from kalman_peft.continual.store import check_name
-from recipe_tools.arguments import parser_with_config
+from recipe_tools.arguments import parser_with_config, refuse
 from recipe_tools.domains import Domain, built_in, load_domain, split_spec
 from recipe_tools.encoding import tokenize
 from recipe_tools.evaluate import kl_from_base, text_loss
@@ -147,9 +147,7 @@ def parse(arguments: list[str]) -> Options:
         )
         > 1,
     }  # fmt: skip
-    for message, refused in refusals.items():
-        if refused:
-            parser.error(message)
+    refuse(parser, refusals)
     # The same run twice would count as two.
     o.seeds = list(dict.fromkeys(o.seeds))
     o.orders = list(dict.fromkeys(",".join(map(str, _places(order))) for order in o.orders))

@@ -27,7 +27,7 @@ import torch
 from rich.console import Console
 from transformers.utils import logging
 
-from recipe_tools.arguments import parser_with_config
+from recipe_tools.arguments import parser_with_config, refuse
 from recipe_tools.labelled import TEXT_TASKS
 from recipe_tools.online_report import interval
 from recipe_tools.report import write_json
@@ -138,9 +138,7 @@ def parse(arguments: list[str]) -> Options:
         "--members is for adapters that are trained here; give --members 1 with --adapter": o.adapter is not None
         and o.members > 1,
     }
-    for message, refused in refusals.items():
-        if refused:
-            parser.error(message)
+    refuse(parser, refusals)
     return o
 
 
@@ -270,7 +268,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     caption = f"seconds: {runs[0]['device']}; ±: 95 % over seeds"
     console.print(console_table(headings, rows, title, caption))
     data = "; ".join(f"{name}: {what}" for name, what in runs[0]["provenance"].items())
-    (folder / "report.md").write_text(f"### {title}\n\n{markdown(headings, rows)}\n{caption}. Data: {data}.\n")
+    text = f"### {title}\n\n{markdown(headings, rows)}\n{caption}. Data: {data}.\n"
+    (folder / "report.md").write_text(text, encoding="utf-8")
     for r in runs:
         if r["prior_precision"].get("edge"):
             console.print(

@@ -15,6 +15,7 @@ from .loading import (
     tokenized,
 )
 from .parsing import Command
+from .reporting import table
 
 
 @dataclass
@@ -56,10 +57,9 @@ def evaluate(model: ModelOptions, options: EvaluateOptions, text: TextOptions) -
         columns = [c for c in ("input_ids", "attention_mask", "labels") if c in rows.column_names]
         loader = DataLoader(rows.select_columns(columns), options.batch_size, collate_fn=collator(tokenizer))
         found[name] = divergence_from_base(peft_model, loader, lambda batch: batch.to(device))
-    print("| nats per token | loss | base model | rise | KL from base | tokens |\n|---|---:|---:|---:|---:|---:|")
-    for name, seen in found.items():
-        figures = " | ".join(f"{seen[key]:.4f}" for key in ("loss", "base_loss", "rise", "kl"))
-        print(f"| {name} | {figures} | {seen['labels']} |")
+    figures = ("loss", "base_loss", "rise", "kl")
+    rows = [[name, *(f"{seen[key]:.4f}" for key in figures), str(seen["labels"])] for name, seen in found.items()]
+    print(table(["nats per token", "loss", "base model", "rise", "KL from base", "tokens"], rows))
     if options.output is not None:
         Path(options.output).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 

@@ -61,7 +61,7 @@ def _of_tasks(folder: Path, pictures: Path | None) -> str:
     header = ["after learning", *names]
     rows = [[label, *map(_number, row)] for label, row in zip(["start", *names], scores, strict=False)]
     metrics = [[name.replace("_", " "), _number(value)] for name, value in history.metrics().items()]
-    text = f"## Tasks\n\n{_table(header, rows)}\n\n{_table(['over all tasks', ''], metrics)}"
+    text = f"## Tasks\n\n{table(header, rows)}\n\n{table(['over all tasks', ''], metrics)}"
     if pictures is None:
         return text
     pictures.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ def _of_training(folder: Path, pictures: Path | None) -> str:
             )
     if not rows:
         return ""
-    text = f"## Training\n\n{_table(['', 'first', 'last'], rows)}"
+    text = f"## Training\n\n{table(['', 'first', 'last'], rows)}"
     if pictures is None or not any("loss" in entry or "eval_loss" in entry for entry in history):
         return text
     from ..plots import plot_training
@@ -119,10 +119,16 @@ def _of_belief(folder: Path, pictures: Path | None) -> str:
     record = info.get("curvature", {})
     rows += [[name, str(record[name])] for name in ("fisher", "num_sequences", "num_tokens") if record.get(name)]
     rows += [[f"remembers {task['name']}", f"`{task['data']}`"] for task in info.get(LINEAGE, [])]
-    return f"## Belief\n\n{_table(['', ''], rows)}"
+    return f"## Belief\n\n{table(['', ''], rows)}"
 
 
-def _table(header: list[str], rows: list[list[str]]) -> str:
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown.
+
+    Args:
+        header (`list[str]`): Headings.
+        rows (`list[list[str]]`): Cells; all but the first are set to the right.
+    """
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

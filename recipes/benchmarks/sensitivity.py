@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import HfArgumentParser
 from transformers.utils import logging
 
 
@@ -32,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from sensitivity_plot import plot_sensitivity
 from sensitivity_runs import LanguageRuns, RegressionRuns, Setting, TextRuns
 
-from recipe_tools.arguments import Help
+from recipe_tools.arguments import parsed
 from recipe_tools.labelled import TEXT_TASKS
 from recipe_tools.report import write_json
 
@@ -156,8 +155,7 @@ def parse(arguments: list[str]) -> tuple[Options, dict[str, Knob]]:
     Returns:
         `tuple[Options, dict[str, Knob]]`: With defaults that depend on the task filled in; and the knobs by name.
     """
-    parser = HfArgumentParser(Options, description=__doc__, formatter_class=Help)  # type: ignore[arg-type]
-    (o,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    parser, o = parsed(Options, __doc__, arguments)
     if o.task not in (*TEXT_TASKS, "lm"):
         parser.error(f"--task {o.task}: expected one of {[*TEXT_TASKS, 'lm']}")
     language = o.task == "lm"

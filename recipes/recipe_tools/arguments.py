@@ -1,6 +1,7 @@
 """Command lines of recipes: the options of a dataclass, with the recipe's text as help, on top of a YAML file."""
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -11,6 +12,40 @@ from transformers import HfArgumentParser
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """The text as it is written, and every default."""
+
+
+def parsed(options: type, text: str | None, arguments: list[str]) -> tuple[HfArgumentParser, Any]:
+    """Read a command line that takes no YAML file.
+
+    Args:
+        options (`type`): Dataclass of the options.
+        text (`str`, *optional*): What the recipe does.
+        arguments (`list[str]`): Without the program's name.
+
+    Returns:
+        `tuple[HfArgumentParser, Any]`: The parser, for what it is to refuse, and the options.
+    """
+    parser = _parser(options, text)
+    return parser, parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)[0]
+
+
+def refuse(parser: argparse.ArgumentParser, refusals: Mapping[str, bool]) -> None:
+    """Leave with the first message that applies, and exit code 2.
+
+    Args:
+        parser (`ArgumentParser`): Whose usage is shown.
+        refusals (`Mapping[str, bool]`): Whether a message applies.
+
+    Raises:
+        SystemExit: One does.
+    """
+    for message, refused in refusals.items():
+        if refused:
+            parser.error(message)
+
+
+def _parser(options: type, text: str | None) -> HfArgumentParser:
+    return HfArgumentParser(options, description=text, formatter_class=Help)  # type: ignore[arg-type]
 
 
 def parser_with_config(options: type, text: str | None, arguments: list[str]) -> tuple[HfArgumentParser, list[str]]:
@@ -30,7 +65,7 @@ def parser_with_config(options: type, text: str | None, arguments: list[str]) ->
     early = argparse.ArgumentParser(add_help=False)
     early.add_argument("--config", type=Path)
     known, rest = early.parse_known_args(arguments)
-    parser = HfArgumentParser(options, description=text, formatter_class=Help)  # type: ignore[arg-type]
+    parser = _parser(options, text)
     parser.add_argument("--config", help="YAML file with any of these options; the command line goes before it.")
     if known.config:
         parser.set_defaults(**_read_yaml(known.config, options, parser))
